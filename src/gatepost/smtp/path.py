@@ -206,6 +206,25 @@ def split_path(argument: bytes) -> tuple[bytes, bytes] | PathDefect:
     return PathDefect(Reply(501, 'Syntax error: one address between "<" and ">", then parameters', "5.5.4"))
 
 
+def parse_plain_mailbox(octets: bytes) -> Mailbox | None:
+    """The mailbox of a path in the plain shape that nearly all have, or None for one that needs the long way.
+
+    Args:
+        octets: hostile; "<" and ">" included.  What matches holds no space and no quote.
+    """
+    if len(octets) > PATH_OCTETS_MAX:
+        return None
+    match = _PLAIN_PATH.fullmatch(octets)
+    if match is None:
+        return None
+    local_part, domain = match.groups()
+    if len(local_part) > LOCAL_PART_OCTETS_MAX:
+        return None
+    if len(domain) > LABEL_OCTETS_MAX and max(map(len, domain.split(b"."))) > LABEL_OCTETS_MAX:
+        return None
+    return Mailbox(local_part.decode(), domain.lower().decode())
+
+
 def parse_reverse_path(octets: bytes, *, smtputf8: bool) -> ReversePath | PathDefect:
     """The reverse-path of MAIL.
 
@@ -213,7 +232,7 @@ def parse_reverse_path(octets: bytes, *, smtputf8: bool) -> ReversePath | PathDe
         octets: hostile; "<" and ">" included.
         smtputf8: MAIL carried the parameter SMTPUTF8 (RFC 6531 §3.4).
     """
-    mailbox = _plain(octets)
+    mailbox = parse_plain_mailbox(octets)
     if mailbox is not None:
         return mailbox
     if octets == b"<>":
@@ -231,7 +250,7 @@ def parse_forward_path(octets: bytes, *, smtputf8: bool) -> ForwardPath | PathDe
         octets: hostile; "<" and ">" included.
         smtputf8: the transaction's MAIL carried the parameter SMTPUTF8.
     """
-    plain = _plain(octets)
+    plain = parse_plain_mailbox(octets)
     if plain is not None:
         return ForwardPath(plain, Shape.PLAIN)
     if octets == b"<>":
@@ -264,20 +283,6 @@ def parse_domain(text: str) -> Domain:
     if len(domain) > DOMAIN_OCTETS_MAX:
         raise _Wrong(f"the domain is longer than {DOMAIN_OCTETS_MAX} octets")
     return domain
-
-
-def _plain(octets: bytes) -> Mailbox | None:
-    if len(octets) > PATH_OCTETS_MAX:
-        return None
-    match = _PLAIN_PATH.fullmatch(octets)
-    if match is None:
-        return None
-    local_part, domain = match.groups()
-    if len(local_part) > LOCAL_PART_OCTETS_MAX:
-        return None
-    if len(domain) > LABEL_OCTETS_MAX and max(map(len, domain.split(b"."))) > LABEL_OCTETS_MAX:
-        return None
-    return Mailbox(local_part.decode(), domain.lower().decode())
 
 
 def _no_domain(status: str) -> PathDefect:
@@ -370,7 +375,7 @@ def _label(label: str) -> str:
         return _u_label(label)
     label = label.lower()
     if _LABEL.fullmatch(label) is None:
-        raise _Wrong(f"{label[:64]!r} is not a label of a domain")
+        raise _Wrong(f"{label[:64]!a} is not a label of a domain")
     if label.startswith("xn--"):
         # RFC 5891 §5.4: an A-label is one only if it comes back from its U-label.
         try:
@@ -378,7 +383,7 @@ def _label(label: str) -> str:
                 return label
         except ValueError:
             pass
-        raise _Wrong(f"{label!r} is not a valid A-label")
+        raise _Wrong(f"{label!a} is not a valid A-label")
     return label
 
 
@@ -386,7 +391,7 @@ def _u_label(label: str) -> str:
     try:
         return idna.alabel(label).decode("ascii")
     except ValueError:  # idna.IDNAError is one
-        raise _Wrong(f"{label[:64]!r} is not a label of IDNA 2008, which knows no upper case") from None
+        raise _Wrong(f"{label[:64]!a} is not a label of IDNA 2008, which knows no upper case") from None
 
 
 # --- Shape ------------------------------------------------------------------------------------------------------------
@@ -445,9 +450,9 @@ def _shape_of_text(local_part: str) -> Shape:
 def _hides_another(local_part: str) -> bool:
     """Whether a backend that normalises, drops or converts characters would be left with another kind of local-part.
 
-    RFC 6531 §3.2 leaves normalisation to the receiver.  A character that turns into ASCII makes another mailbox at least
-    (Roman numeral four: "IV").  For the rest, compatibility decomposition keeps every ASCII character that NFKC keeps,
-    and marks are taken off, so that nothing hides behind one.
+    A character that turns into ASCII makes another mailbox at least (Roman numeral four: "IV").  For the rest,
+    compatibility decomposition keeps every ASCII character that NFKC keeps, and marks are taken off, so that nothing
+    hides behind one.
     """
     if any(not c.isascii() and any(map(str.isascii, unicodedata.normalize("NFKC", c))) for c in local_part):
         return True
