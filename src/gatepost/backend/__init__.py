@@ -1,0 +1,1 @@
+"""DELIVER: an Envelope of admitted recipients and its content, to one Reply."""

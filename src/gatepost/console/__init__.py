@@ -1,0 +1,1 @@
+"""What an operator's browser and monitoring see, served from a process of its own."""

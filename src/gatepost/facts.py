@@ -1,0 +1,82 @@
+"""What is KNOWN about a session and its transaction, in the nouns of RFC 5321 and RFC 5598.
+
+Why: decisions are functions of these values and nothing else, so that every decision can be explained and made again.
+Trust: values here are already parsed and bounded; the hello name is what the client claimed and never confers a right.
+Promise: frozen; a change makes a new value (after STARTTLS or a new EHLO nothing old can linger).
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import NamedTuple
+
+from gatepost.smtp.path import ReversePath
+
+IPAddress = IPv4Address | IPv6Address
+
+
+def client_address(text: str) -> IPAddress:
+    """The address a client really has: an IPv4-mapped IPv6 address is the IPv4 address.
+
+    Args:
+        text: an address as the socket or a PROXY header gives it, without port; a zone index ("%eth0") is dropped.
+
+    Raises:
+        ValueError: when it is no IP address.
+    """
+    address = ip_address(text.partition("%")[0])
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+class Client(NamedTuple):
+    """The SMTP client's end of the connection, as the socket or a listed proxy told it."""
+
+    address: IPAddress
+    port: int
+
+
+class Identity(NamedTuple):
+    """Who authenticated; made by ``auth`` only."""
+
+    account: str
+    mechanism: str
+
+
+class Session(NamedTuple):
+    """One SMTP session.  RFC 5321 §3.1.
+
+    Attributes:
+        reference: the session's short reference; replies that refuse carry it.
+        listen: the name of the listener; role: mx, submission or inside.
+        hello: the client's claim in EHLO or HELO, "" before it; esmtp: it said EHLO.
+        tls: protocol version such as "TLSv1.3", "" in plain text.
+        identity: None until AUTH succeeded; auth_required: the listener takes no mail without one.
+        hosts: names of trusted or denied hosts that resolve to the client's address at this time.
+    """
+
+    reference: str
+    client: Client
+    listen: str
+    role: str
+    hello: str = ""
+    esmtp: bool = False
+    tls: str = ""
+    identity: Identity | None = None
+    hosts: tuple[str, ...] = ()
+    auth_required: bool = False
+
+
+class Transaction(NamedTuple):
+    """One mail transaction, from MAIL on.  RFC 5321 §3.3.
+
+    Attributes:
+        recipients: forward-paths admitted so far.
+        now: seconds since the epoch (UTC), for entries that expire.
+    """
+
+    session: Session
+    reverse_path: ReversePath
+    recipients: int
+    now: float

@@ -1,0 +1,1 @@
+"""ACT: the only package that owns client sockets."""

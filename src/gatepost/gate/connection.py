@@ -1,0 +1,231 @@
+"""One client's transport: octets, waiting, back-pressure, the TLS switch.
+
+Why: the conversation should read like RFC 5321 and not like event handling; everything that a socket can do to it
+    stands here.
+Trust: the peer may be slow, silent, deaf or gone, at any octet.
+Promise: no octet is kept beyond READ_HIGH_OCTETS plus one read while the conversation is busy; a peer that does not
+    read its replies stops being read; nothing received before the TLS handshake reaches the session after it.
+Sources: RFC 5321 §4.5.3.2 (timeouts), RFC 3207 §4 (TLS).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from enum import Enum, unique
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from gatepost.gate.server import Listener
+
+READ_HIGH_OCTETS = 1 << 17
+
+
+@unique
+class Ended(Enum):
+    """Why no more octets will come."""
+
+    NO = "not ended"
+    EOF = "client closed"
+    LOST = "connection lost"
+    TIMEOUT = "timeout"
+    DRAINED = "draining"
+
+
+class Connection(asyncio.Protocol):
+    """One accepted TCP connection.
+
+    Attributes:
+        receive: where octets go: the preamble's or the engine's ``receive``.
+        unread_octets: how many octets that receiver holds unread.
+        ended: set once; the conversation finds it at its next wait.
+        since: loop time at which the present wait for progress began; in_content: the block timeout applies.
+    """
+
+    __slots__ = (
+        "_drained",
+        "_fresh",
+        "_listener",
+        "_loop",
+        "_paused",
+        "_waiter",
+        "_write_blocked",
+        "content_since",
+        "ended",
+        "in_content",
+        "receive",
+        "since",
+        "task",
+        "transport",
+        "unread_octets",
+    )
+
+    def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
+        self._listener = listener
+        self._loop = loop
+        self._waiter: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._fresh = False
+        self._paused = False
+        self._write_blocked = False
+        self.receive: Callable[[bytes], None] = _drop
+        self.unread_octets: Callable[[], int] = _none
+        self.ended = Ended.NO
+        self.since = 0.0
+        self.content_since = 0.0
+        self.in_content = False
+        self.task: asyncio.Task[None] | None = None
+        self.transport: asyncio.Transport = cast("asyncio.Transport", None)
+
+    # ---- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called for the TCP connection, and again for the TLS one that takes its place."""
+        self.transport = cast("asyncio.Transport", transport)
+        if self.task is None:
+            self.since = self._loop.time()
+            self._listener.accepted(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Hand octets to whoever reads now; stop reading when it has too many."""
+        self.receive(data)
+        if self._waiter is not None:
+            self._wake()
+        else:
+            self._fresh = True
+            if not self._paused and self.unread_octets() > READ_HIGH_OCTETS:
+                self._paused = True
+                self.transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """A half-closed client may still wait for its replies; the end of octets is no end of content."""
+        self._end(Ended.EOF)
+        return self.transport.get_extra_info("ssl_object") is None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing can be read or written any more."""
+        self._end(Ended.LOST)
+        self._write_blocked = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def pause_writing(self) -> None:
+        """The peer does not read its replies."""
+        self._write_blocked = True
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self._write_blocked = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    # ---- for the conversation
+
+    async def more(self) -> bool:
+        """Wait for octets; False when none will come (``ended`` says why)."""
+        if self.ended is not Ended.NO:
+            return False
+        if self._fresh:
+            self._fresh = False
+            return True
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+        return self.ended is Ended.NO
+
+    def progress(self) -> None:
+        """The client completed a command or a block: its time begins anew.  RFC 5321 §4.5.3.2."""
+        self.since = self._loop.time()
+
+    def content_began(self) -> None:
+        """The block timeout applies from now on, and a ceiling on all of the content."""
+        self.in_content = True
+        self.content_since = self.since = self._loop.time()
+
+    async def write(self, octets: bytes) -> None:
+        """Send; waits while the peer does not take what was sent before."""
+        if self.ended is Ended.LOST:
+            return
+        self.transport.write(octets)
+        if self._write_blocked:
+            self._drained = self._loop.create_future()
+            try:
+                await self._drained
+            finally:
+                self._drained = None
+
+    def hold_reading(self) -> None:
+        """Read nothing more in plain text: called before the 220 that answers STARTTLS."""
+        if not self._paused:
+            self._paused = True
+            self.transport.pause_reading()
+
+    async def start_tls(self, context: ssl.SSLContext, timeout_s: float) -> str:
+        """The TLS handshake as server.
+
+        Returns:
+            The protocol version, such as "TLSv1.3".
+
+        Raises:
+            OSError: the handshake failed or took too long (ssl.SSLError and ConnectionError are OSErrors).
+        """
+        self._fresh = False
+        try:
+            transport = await self._loop.start_tls(
+                self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s
+            )
+        except TimeoutError as error:
+            raise ConnectionAbortedError("TLS handshake took too long") from error
+        if transport is None:
+            raise ConnectionAbortedError("connection lost in the TLS handshake")
+        self.transport = cast("asyncio.Transport", transport)
+        self._paused = False
+        self.since = self._loop.time()
+        return str(self.transport.get_extra_info("ssl_object").version())
+
+    def close(self) -> None:
+        """Close after what was written is sent."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.transport.abort()
+
+    # ---- for the server's sweep and drain
+
+    @property
+    def waiting(self) -> bool:
+        """The conversation waits for its client, to send or to read."""
+        return self._waiter is not None or self._drained is not None
+
+    def expire(self, reason: Ended) -> None:
+        """End the wait: the conversation says its 421 and closes; one that cannot even write is cut."""
+        if self._drained is not None:
+            self.abort()
+        elif self._waiter is not None:
+            self._end(reason)
+
+    def _end(self, reason: Ended) -> None:
+        if self.ended is Ended.NO or reason is Ended.LOST:
+            self.ended = reason
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+def _drop(_: bytes) -> None:
+    """Receives while nobody listens."""
+
+
+def _none() -> int:
+    return 0

@@ -1,0 +1,511 @@
+"""Listeners, limits on connections, and what all sessions of one worker share.
+
+Why: one worker serves many sessions; what they have in common (settings, backends, TLS, counts) is here, so that a
+    reload replaces it in one place and running sessions go on with the new rules at their next command.
+Trust: connections come from anybody; each is counted before anything is allocated for it.
+Promise: at most ``sessions`` conversations and ``sessions_per_client`` from one client (an IPv6 /64 is one client);
+    a drain cuts no session in content.
+Sources: RFC 5321 §3.1 (greeting), §3.8 (421), §4.5.3.2 (timeouts); the PROXY protocol, versions 1 and 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import traceback
+from collections.abc import Coroutine
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+from gatepost.backend import Backend, make_backend
+from gatepost.backend.content import Memory
+from gatepost.counters import HourlyCounts
+from gatepost.errors import StorageError
+from gatepost.facts import Client, IPAddress, client_address
+from gatepost.facts import Session as SessionFacts
+from gatepost.facts import Transaction
+from gatepost.gate.connection import Connection, Ended
+from gatepost.gate.session import Session
+from gatepost.gate.settings import GateSettings, ListenSettings
+from gatepost.gate.tls import server_context
+from gatepost.gate.trace import Dates, TraceKey
+from gatepost.policy import relay
+from gatepost.policy.relay import NetworkTable
+from gatepost.resolver import HostFollower
+from gatepost.smtp.client import Capabilities
+from gatepost.smtp.path import ForwardPath
+from gatepost.smtp.preamble import NEED, ProxyDefect, ProxyHeader, ProxyParser
+from gatepost.smtp.reply import Reply
+from gatepost.telemetry import (
+    BACKEND_SECONDS,
+    MESSAGE_OCTETS,
+    MESSAGES,
+    REPLIES,
+    SESSIONS,
+    SESSIONS_OPEN,
+    Level,
+    Metrics,
+    Occupancy,
+    SessionLog,
+)
+from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
+
+SWEEP_S = 1.0
+BUSY_SHARE = 0.8  # of the sessions allowed: beyond it silence is tolerated for a shorter time
+EHLO_SIZE_ROOM_OCTETS = 2048  # our trace field must fit below the backend's own SIZE limit
+
+_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: a reference can be read out over the telephone
+_PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
+
+_TOO_MANY_SESSIONS = Reply(421, "Too many sessions, try again later", "4.3.2").octets()
+_TOO_MANY_FROM_CLIENT = Reply(421, "Too many sessions from your address, try again later", "4.7.0").octets()
+_NO_PROXY = Reply(421, "The PROXY header is missing or wrong; closing", "4.3.0").octets()
+_DRAINING = Reply(421, "This server is going down, try again later", "4.3.2").octets()
+
+
+class Listener:
+    """One [[listen]] table in service: its sockets and what its sessions need."""
+
+    def __init__(self, server: Server, settings: ListenSettings, tls: ssl.SSLContext | None) -> None:
+        self.server = server
+        self.settings: ListenSettings
+        self.tls: ssl.SSLContext | None
+        self.proxies: NetworkTable[bool]
+        self.configure(settings, tls)
+        self._servers: dict[object, asyncio.Server] = {}
+
+    def configure(self, settings: ListenSettings, tls: ssl.SSLContext | None) -> None:
+        """Take new settings; running sessions see them at their next command."""
+        self.settings = settings
+        self.tls = tls
+        self.proxies = NetworkTable()
+        for text in settings.proxy_from:
+            self.proxies.add(ip_network(text), True)  # noqa: FBT003 - the value is not looked at
+
+    async def open(self, sockets: list[socket.socket]) -> None:
+        """Accept on these bound sockets, and on no other; one that is in service already stays so."""
+        loop = self.server.loop
+        wanted = {sock.getsockname(): sock for sock in sockets}
+        for address in [address for address in self._servers if address not in wanted]:
+            self._servers.pop(address).close()
+        for address, sock in wanted.items():
+            if address in self._servers:
+                sock.close()
+                continue
+            # The TLS context is looked up for each connection, so that a new certificate serves at once.
+            self._servers[address] = await loop.create_server(
+                lambda: Connection(self, loop), sock=sock, backlog=socket.SOMAXCONN
+            )
+
+    def close(self) -> None:
+        """Accept no more; running sessions go on."""
+        for server in self._servers.values():
+            server.close()
+        self._servers = {}
+
+    def accepted(self, connection: Connection) -> None:
+        """A new connection: count it, learn who it is, begin the conversation."""
+        peer = connection.transport.get_extra_info("peername")
+        if not peer:
+            connection.abort()
+            return
+        client = Client(client_address(peer[0]), peer[1])
+        if self.settings.proxy_from and self.proxies.matching(client.address):
+            connection.task = self.server.spawn(self._after_preamble(connection, client))
+        else:
+            self.begin(connection, client)
+
+    async def _after_preamble(self, connection: Connection, proxy: Client) -> None:
+        """A listed proxy says first who the client is.  What it does not say is not guessed: the session ends."""
+        parser = ProxyParser()
+        outcome: ProxyHeader | ProxyDefect | None = None
+
+        def receive(octets: bytes) -> None:
+            nonlocal outcome
+            fed = parser.feed(octets)
+            outcome = None if fed is NEED else fed
+            if outcome is not None:
+                connection.hold_reading()
+
+        connection.receive = receive
+        try:
+            async with asyncio.timeout(self.server.settings.timeouts.proxy_header_s):
+                while outcome is None and await connection.more():
+                    pass
+        except TimeoutError:
+            pass
+        if not isinstance(outcome, ProxyHeader):
+            self.server.metrics.reply("proxy", "proxy")
+            await connection.write(_NO_PROXY)
+            connection.close()
+            return
+        client = proxy if outcome.address is None else Client(outcome.address, outcome.port)
+        self.begin(connection, client, outcome.rest)
+
+    def begin(self, connection: Connection, client: Client, octets: bytes = b"") -> None:
+        """Start a session, or say 421 where there are too many."""
+        server = self.server
+        refusal = server.admit(client.address)
+        if refusal is not None:
+            connection.transport.write(refusal)
+            connection.close()
+            return
+        session = Session(server, self, connection, client)
+        server.begun(session)
+        connection.task = server.spawn(session.run(octets))
+
+
+class Rates:
+    """What is used up in this hour, as findings for the relay policy; and the counting of what was admitted."""
+
+    def __init__(self, counts: HourlyCounts, settings: GateSettings) -> None:
+        self._counts = counts
+        self._rules = settings.rules
+        self._per_mailbox = settings.limits.messages_per_hour_per_mailbox
+        self._limited = {e.where: e for e in settings.rules.trust if e.messages_per_hour or e.recipients_per_hour}
+
+    def findings(self, transaction: Transaction, forward_path: ForwardPath) -> list[Finding]:
+        """The rates that this recipient would exceed."""
+        found = []
+        now = transaction.now
+        if self._per_mailbox and relay.local_domain(self._rules, forward_path) is not None:
+            count = self._counts.count(f"mailbox {str(forward_path.mailbox).lower()}", now)
+            if count >= self._per_mailbox:
+                found.append(Finding(relay.MAILBOX_RATE, Result.FAIL, f"{count} messages in this hour"))
+        if self._limited:
+            for entry in relay.grants(self._rules, transaction.session):
+                if entry.where not in self._limited:
+                    continue
+                messages = self._counts.count(f"messages {entry.where}", now) if entry.messages_per_hour else 0
+                recipients = self._counts.count(f"recipients {entry.where}", now) if entry.recipients_per_hour else 0
+                # The first recipient of a transaction counted its message already.
+                full = messages >= entry.messages_per_hour > 0 and transaction.recipients == 0
+                if full or recipients >= entry.recipients_per_hour > 0:
+                    evidence = f"{messages} messages and {recipients} recipients in this hour"
+                    found.append(Finding(relay.rate_check(entry.where), Result.FAIL, evidence))
+        return found
+
+    def admitted(self, recipient: AdmittedRecipient, transaction: Transaction) -> None:
+        """The backend took this recipient."""
+        now = transaction.now
+        authority = recipient.authority
+        if isinstance(authority, LocalDomain):
+            if self._per_mailbox:
+                self._counts.add(f"mailbox {str(recipient.forward_path.mailbox).lower()}", now)
+        elif authority.where in self._limited:
+            if transaction.recipients == 0:
+                self._counts.add(f"messages {authority.where}", now)
+            self._counts.add(f"recipients {authority.where}", now)
+
+
+class Counts:
+    """The worker's metrics, each cell looked up once."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._replies: dict[tuple[str, str], int] = {}
+        self._messages = {verdict: metrics.cell(MESSAGES, verdict) for verdict in ("accepted", "deferred", "refused")}
+        self._octets = metrics.cell(MESSAGE_OCTETS)
+        self._backends: dict[str, int] = {}
+        self._sessions = {role: metrics.cell(SESSIONS, role) for role in ("mx", "submission", "inside")}
+        self._open = {role: metrics.cell(SESSIONS_OPEN, role) for role in ("mx", "submission", "inside")}
+
+    def reply(self, stage: str, reason: str) -> None:
+        """A reply was given."""
+        cell = self._replies.get((stage, reason))
+        if cell is None:
+            cell = self._replies[stage, reason] = self._metrics.cell(REPLIES, stage, reason)
+        self._metrics.inc(cell)
+
+    def begun(self, role: str) -> None:
+        """A session begins."""
+        self._metrics.inc(self._sessions[role])
+        self._metrics.inc(self._open[role])
+
+    def ended(self, role: str) -> None:
+        """A session ends."""
+        self._metrics.inc(self._open[role], -1)
+
+    def message(self, verdict: str, size_octets: int) -> None:
+        """A message had its final reply."""
+        self._metrics.inc(self._messages[verdict])
+        self._metrics.inc(self._octets, size_octets)
+
+    def delivered(self, backend: str, seconds: float) -> None:
+        """A backend gave its final reply to content."""
+        cell = self._backends.get(backend)
+        if cell is None:
+            cell = self._backends[backend] = self._metrics.cell(BACKEND_SECONDS, backend)
+        self._metrics.observe(cell, seconds)
+
+
+class Server:
+    """One worker's part of the gate.
+
+    Args:
+        worker: this worker's number, from 0; workers: how many there are.
+        log: where the sessions' lines go.
+    """
+
+    def __init__(
+        self, *, worker: int, workers: int, metrics: Metrics, log: SessionLog, occupancy: Occupancy
+    ) -> None:
+        self.worker = worker
+        self.workers = workers
+        self.loop = asyncio.get_running_loop()
+        self.metrics = Counts(metrics)
+        self.log = log
+        self.occupancy = occupancy
+        self.dates = Dates()
+        self.sessions: set[Session] = set()
+        self.settings: GateSettings
+        self.backends: dict[str, Backend] = {}
+        self.greeting = self.goodbye = Reply(421, "starting")
+        self.memory: Memory
+        self.rates: Rates
+        self.trace_key: TraceKey
+        self.draining = False
+        self._counts: HourlyCounts | None = None
+        self._hosts: HostFollower | None = None
+        self._listeners: dict[str, Listener] = {}
+        self._hello_replies: dict[tuple[str, bool], tuple[Reply, frozenset[str]]] = {}
+        self._hello_capabilities: list[Capabilities | None] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+
+    # ---- life
+
+    async def apply(self, settings: GateSettings, sockets: dict[str, list[socket.socket]]) -> None:
+        """Start, or go on under new settings: whole or not at all.
+
+        Args:
+            sockets: bound sockets by the name of their listener; listeners not named are closed.
+
+        Raises:
+            ConfigError, StorageError: something in the settings cannot be used; the old ones are still in force.
+        """
+        tls: ssl.SSLContext | None = None
+        if any(listen.tls != "none" for listen in settings.listens):
+            tls = server_context(settings.tls, settings.name, settings.data)
+        trace_key = TraceKey.in_data(settings.data)
+        if self._counts is None:
+            self._counts = HourlyCounts(Path(settings.data) / "counters" / "hourly", self.worker, self.workers)
+        backends = await self._backends_for(settings)
+        old_backends = [backend for name, backend in self.backends.items() if backends.get(name) is not backend]
+        self.settings, self.backends, self.trace_key = settings, backends, trace_key
+        self.rates = Rates(self._counts, settings)
+        self.memory = Memory(
+            settings.limits.memory_octets, settings.limits.message_memory_octets, _temporary(settings.data)
+        )
+        self.greeting = Reply(220, f"{settings.name} ESMTP Gatepost")
+        self.goodbye = Reply(221, f"{settings.name} closing", "2.0.0")
+        self._hello_replies.clear()
+        await self._follow_hosts(settings)
+        await self._listen(settings, tls, sockets)
+        for backend in old_backends:
+            self.spawn(backend.close())
+        for backend in backends.values():
+            if backend.capabilities is None:
+                self.spawn(backend.probe())
+        if self._sweeper is None:
+            self._sweep()
+
+    async def _backends_for(self, settings: GateSettings) -> dict[str, Backend]:
+        """The backends of these settings; one whose table did not change keeps its connections."""
+        return {
+            table.name: self.backends[table.name]
+            if table.name in self.backends and self.backends[table.name].settings == table
+            else make_backend(table, local=settings.rules, observe=self._backend_changed)
+            for table in settings.backends
+        }
+
+    async def _follow_hosts(self, settings: GateSettings) -> None:
+        rules = settings.rules
+        names = tuple(sorted({e.host for e in rules.trust if e.host} | {e.host for e in rules.deny if e.host}))
+        if self._hosts is not None:
+            await self._hosts.close()
+            self._hosts = None
+        if names:
+            self._hosts = HostFollower(names)
+            await self._hosts.start()
+
+    async def _listen(
+        self, settings: GateSettings, tls: ssl.SSLContext | None, sockets: dict[str, list[socket.socket]]
+    ) -> None:
+        for name in [name for name in self._listeners if name not in sockets]:
+            self._listeners.pop(name).close()
+        for listen in settings.listens:
+            context = None if listen.tls == "none" else tls
+            listener = self._listeners.get(listen.name)
+            if listener is not None:
+                listener.configure(listen, context)
+            else:
+                listener = self._listeners[listen.name] = Listener(self, listen, context)
+            await listener.open(sockets.get(listen.name, []))
+
+    async def drain(self) -> None:
+        """Take no new session, end the idle ones with 421, return when none is left in content."""
+        self.draining = True
+        for listener in self._listeners.values():
+            listener.close()
+        self._expire_idle()
+        while self.sessions:
+            self._idle.clear()
+            await self._idle.wait()
+        for backend in self.backends.values():
+            await backend.close()
+        if self._hosts is not None:
+            await self._hosts.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._counts is not None:
+            self._counts.close()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that is kept until it ends; its exception, a fault of ours, is logged."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            text = "".join(traceback.format_exception(task.exception()))
+            self.log.event("fault", text, Level.ERROR)
+
+    # ---- sessions
+
+    def admit(self, address: IPAddress) -> bytes | None:
+        """Count a session in; the octets of a 421 where there are too many, and then it is not counted."""
+        limits = self.settings.limits
+        if self.draining:
+            return _DRAINING
+        occupancy = self.occupancy
+        here = occupancy.enter(address)
+        if limits.sessions_per_client and here > limits.sessions_per_client:
+            occupancy.leave(address)
+            self.metrics.reply("connect", "busy")
+            return _TOO_MANY_FROM_CLIENT
+        per_minute = limits.sessions_per_minute_per_client
+        if per_minute and occupancy.arrive(address, self.loop.time()) > per_minute:
+            occupancy.leave(address)
+            self.metrics.reply("connect", "rate")
+            return _TOO_MANY_FROM_CLIENT
+        if limits.sessions and occupancy.sessions() > limits.sessions:
+            occupancy.leave(address)
+            self.metrics.reply("connect", "busy")
+            return _TOO_MANY_SESSIONS
+        return None
+
+    def begun(self, session: Session) -> None:
+        """A session starts."""
+        self.sessions.add(session)
+        self.metrics.begun(session.facts.role)
+
+    def ended(self, session: Session) -> None:
+        """A session is over: its one line, and room for another."""
+        self.sessions.discard(session)
+        self.occupancy.leave(session.facts.client.address)
+        self.metrics.ended(session.facts.role)
+        self.log.session(session.record())
+        if self.draining:
+            self._idle.set()
+
+    def failed(self, facts: SessionFacts) -> None:
+        """A fault of ours ended a session: the traceback goes to the log, nothing of it to the client."""
+        self.metrics.reply("session", "error")
+        self.log.event("fault", traceback.format_exc(), Level.ERROR, reference=facts.reference)
+
+    def storage_failed(self, error: StorageError) -> None:
+        """Content could not be kept."""
+        self.log.event("storage", f"{error}; the message is deferred with 452", Level.ERROR)
+
+    def _backend_changed(self, text: str, *, up: bool) -> None:
+        self.log.event("backend", text, Level.NOTE if up else Level.WARNING)
+
+    def hosts_of(self, address: IPAddress) -> tuple[str, ...]:
+        """The trusted or denied host names that this address has now."""
+        return self._hosts.names(address) if self._hosts is not None else ()
+
+    @staticmethod
+    def new_reference() -> str:
+        """A session's reference: 40 random bits in eight letters and digits."""
+        number = int.from_bytes(os.urandom(5), "big")
+        return (
+            _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
+        )
+
+    # ---- EHLO: only what every backend can carry is offered
+
+    def hello_reply(self, listener: Listener, *, esmtp: bool, tls: bool) -> tuple[Reply, frozenset[str]]:
+        """The reply to EHLO or HELO and the keywords in force after it.  RFC 5321 §4.1.1.1."""
+        capabilities = [backend.capabilities for backend in self.backends.values()]
+        if capabilities != self._hello_capabilities:
+            self._hello_replies.clear()
+            self._hello_capabilities = capabilities
+        starttls = listener.tls is not None and not tls
+        found = self._hello_replies.get((listener.settings.name, starttls))
+        if found is None:
+            found = self._hello_replies[listener.settings.name, starttls] = self._offer(starttls=starttls)
+        return found if esmtp else (Reply(250, self.settings.name), found[1])
+
+    def _offer(self, *, starttls: bool) -> tuple[Reply, frozenset[str]]:
+        known = [c for c in (backend.capabilities for backend in self.backends.values()) if c is not None]
+        keywords = {"PIPELINING", "SIZE", "ENHANCEDSTATUSCODES", "CHUNKING", "HELP"}
+        if len(known) == len(self.backends):
+            keywords |= {
+                keyword for keyword in ("8BITMIME", "SMTPUTF8", "DSN") if all(keyword in c.keywords for c in known)
+            }
+            if "8BITMIME" not in keywords:  # RFC 6531 §3.1: SMTPUTF8 needs 8BITMIME
+                keywords.discard("SMTPUTF8")
+        if starttls:
+            keywords.add("STARTTLS")
+        sizes = [c.size_octets - EHLO_SIZE_ROOM_OCTETS for c in known if c.size_octets]
+        own = self.settings.limits.message_size_octets
+        size = min([*([own] if own else []), *(max(size, 1) for size in sizes)], default=0)
+        lines = [self.settings.name]
+        lines += [f"SIZE {size}" if keyword == "SIZE" else keyword for keyword in sorted(keywords)]
+        return Reply(250, "\n".join(lines)), frozenset(keywords)
+
+    # ---- timeouts
+
+    def _sweep(self) -> None:
+        """End the sessions whose clients are silent.  One pass a second serves all of them."""
+        self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
+        now = self.loop.time()
+        timeouts, limit = self.settings.timeouts, self.settings.limits.sessions
+        busy = bool(limit) and self.occupancy.sessions() > limit * BUSY_SHARE
+        command_s = min(timeouts.command_s, timeouts.busy_s) if busy else timeouts.command_s
+        block_s = min(timeouts.content_block_s, timeouts.busy_s) if busy else timeouts.content_block_s
+        for session in list(self.sessions):
+            connection = session.connection
+            if not connection.waiting:
+                continue
+            if connection.in_content:
+                late = now - connection.since > block_s or now - connection.content_since > timeouts.content_total_s
+            else:
+                late = now - connection.since > command_s
+            if late:
+                connection.expire(Ended.TIMEOUT)
+        if self.draining:
+            self._expire_idle()
+
+    def _expire_idle(self) -> None:
+        for session in list(self.sessions):
+            if not session.connection.in_content:
+                session.connection.expire(Ended.DRAINED)
+
+
+def _temporary(data: str) -> str:
+    """Where content goes that does not fit into memory: beside the rest, so that its room is the administrator's."""
+    directory = Path(data) / "tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {directory}: {error.strerror}") from error
+    return str(directory)

@@ -1,0 +1,525 @@
+"""THE CONVERSATION: one method for each command, in the order of an SMTP dialogue.  Start reading here.
+
+Why: whoever wants to know what happens at RCPT finds it in ``rcpt``.  Each method is the same few lines: facts,
+    findings, verdict, answer.  Wire grammar is in ``smtp``, decisions are in ``policy``, delivery is in ``backend``.
+Trust: events come from the engine, parsed and bounded; their text is the client's all the same.
+Promise: 250 for content is written on one line of this file, after the backend's own 250.  Every other way out of
+    ``content_ended`` is a refusal.  A recipient reaches the backend only inside an Admit of ``relay.decide``.
+Sources: RFC 5321 §3 (the dialogue), §4.1.1 (commands), §4.2.5 (replies after DATA), §4.5.3.2 (timeouts).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from gatepost.backend.content import Content
+from gatepost.errors import StorageError
+from gatepost.facts import Client
+from gatepost.facts import Session as SessionFacts
+from gatepost.facts import Transaction as TransactionFacts
+from gatepost.gate.connection import Connection, Ended
+from gatepost.gate.trace import trace_field
+from gatepost.policy import relay
+from gatepost.smtp.command import Auth, Data, Expn, Hello, Help, Mail, Noop, Quit, Rcpt, Rset, StartTls, Vrfy
+from gatepost.smtp.content import ContentLimits
+from gatepost.smtp.reply import Reply
+from gatepost.smtp.server import NEED_DATA, ChunkEnded, ContentChunk, ContentEnded, Refused, ServerEngine, State
+from gatepost.telemetry import RecipientRecord, SessionRecord, TransactionRecord, rfc3339
+from gatepost.verdict import Admit, Defer, Reason, Refuse
+
+if TYPE_CHECKING:
+    from gatepost.backend import Backend, Delivery
+    from gatepost.gate.server import Listener, Server
+
+OTHER = "other"
+RECIPIENTS_LOGGED = 200  # of one transaction
+TRANSACTIONS_LOGGED = 100  # in one line; a longer session gets several lines
+OUTPUT_OCTETS = 1 << 14  # replies are collected while the client pipelines, but no more than this
+
+_OK = Reply(250, "OK", "2.0.0")
+_RESET = Reply(250, "Forgotten", "2.0.0")
+_SENDER_OK = Reply(250, "Sender OK", "2.1.0")
+_GO_AHEAD = Reply(354, "End the message with CRLF.CRLF")
+_CHUNK_OK = Reply(250, "Chunk taken", "2.0.0")
+_VRFY = Reply(252, "Send some mail and see", "2.5.2")  # RFC 5321 §3.5.3, §7.3
+_EXPN = Reply(502, "There are no lists to expand here", "5.5.1")
+_HELP = Reply(214, "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY STARTTLS HELP QUIT (RFC 5321)", "2.0.0")
+_READY_FOR_TLS = Reply(220, "Go ahead", "2.0.0")
+_NO_TLS = Reply(502, "TLS is not offered on this connection", "5.5.1")
+_TLS_IS_ON = Reply(503, "TLS is on already", "5.5.1")
+_NO_AUTH = Reply(502, "AUTH is not offered on this connection", "5.5.1")
+_NO_LMTP = Reply(500, "This is SMTP: say EHLO", "5.5.1")
+_UNSYNCHRONISED = Reply(554, "Commands were sent without waiting for the reply (RFC 2920 3.1); closing", "5.5.0")
+_TOO_LARGE = Reply(552, "The message is larger than this server takes", "5.3.4")
+_UTF8_NOT_ASKED = Reply(553, "The address needs SMTPUTF8 in MAIL", "5.6.7")
+_ERRORS = Reply(421, "Too many errors; closing", "4.7.0")
+_TIMEOUT = Reply(421, "Timeout; closing", "4.4.2")
+_DRAINED = Reply(421, "This server is going down, try again later", "4.3.2")
+_INTERNAL = Reply(421, "Internal error; closing, try again later", "4.3.0")
+_NO_SPACE = Reply(452, "Not enough room for the message, try again later", "4.3.1")
+
+
+class Session:
+    """One client, from the greeting to the end of its connection."""
+
+    __slots__ = (
+        "_backend",
+        "_closing",
+        "_content",
+        "_delivery",
+        "_end",
+        "_errors",
+        "_mail",
+        "_message_number",
+        "_refusals",
+        "_started",
+        "_storage_failed",
+        "_transaction_record",
+        "_transactions",
+        "connection",
+        "engine",
+        "facts",
+        "listener",
+        "server",
+        "transaction",
+    )
+
+    def __init__(self, server: Server, listener: Listener, connection: Connection, client: Client) -> None:
+        self.server = server
+        self.listener = listener
+        self.connection = connection
+        settings = listener.settings
+        self.facts = SessionFacts(
+            reference=server.new_reference(),
+            client=client,
+            listen=settings.name,
+            role=settings.role,
+            hosts=server.hosts_of(client.address),
+            auth_required=settings.auth == "required",
+        )
+        self.transaction: TransactionFacts | None = None
+        self.engine = self._new_engine()
+        self._started = time.time()  # noqa: TID251 - the gate is where the clock enters
+        self._mail: Mail | None = None
+        self._backend: Backend | None = None
+        self._delivery: Delivery | None = None
+        self._content: Content | None = None
+        self._storage_failed = False
+        self._errors = 0
+        self._refusals = 0
+        self._message_number = 0
+        self._transactions: list[TransactionRecord] = []
+        self._transaction_record: TransactionRecord
+        self._closing = False
+        self._end = ""
+
+    def _new_engine(self) -> ServerEngine:
+        """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
+        limits = self.server.settings.limits
+        normalise = self.listener.settings.bare_newlines == "normalise" or any(
+            entry.bare_newlines == "normalise" for entry in relay.grants(self.server.settings.rules, self.facts)
+        )
+        engine = ServerEngine(
+            frozenset(),
+            ContentLimits(
+                limits.message_size_octets,
+                limits.content_line_octets,
+                limits.header_section_octets,
+                limits.received_fields,
+                normalise,
+            ),
+        )
+        connection = self.connection
+        connection.receive = engine.receive
+        connection.unread_octets = lambda: engine.unread_octets
+        return engine
+
+    # ---- the loop
+
+    async def run(self, octets: bytes = b"") -> None:
+        """Hold the conversation until it ends; whatever happens, the transaction is given up and the line logged.
+
+        Args:
+            octets: what came behind a PROXY header.
+        """
+        try:
+            if self.listener.settings.tls == "implicit":  # RFC 8314 §3.3
+                await self._handshake(octets)
+            elif octets:
+                self.engine.receive(octets)
+            if not self._closing:
+                self.engine.say(self.server.greeting)
+                await self._converse()
+        except Exception:
+            # Ours: a fault in this program ends one session and is seen in the log; it never reaches a 250.
+            self._end = "internal error"
+            self.server.failed(self.facts)
+            self.engine.say(_INTERNAL)
+        finally:
+            self._forget_transaction()
+            if self.connection.ended is not Ended.LOST:
+                await self.connection.write(self.engine.data_to_send())
+            self.connection.close()
+            self.server.ended(self)
+
+    async def _converse(self) -> None:
+        connection = self.connection
+        unsent_octets = 0
+        moved = True
+        while True:
+            engine = self.engine
+            event = engine.next_event()
+            if event is NEED_DATA:
+                octets = engine.data_to_send()
+                if octets:
+                    await connection.write(octets)
+                    unsent_octets = 0
+                if self._closing:
+                    return
+                if moved:
+                    connection.progress()
+                    moved = False
+                if not await connection.more():
+                    self._hang_up()
+                    return
+                continue
+            moved = True
+            kind = type(event)
+            if kind is ContentChunk:
+                self.content_chunk(event.octets)  # type: ignore[union-attr]
+                continue
+            if kind is Refused:
+                self._refused(event)  # type: ignore[arg-type]
+                continue
+            reply = await _ANSWERS[kind](self, event)
+            engine.respond(reply)
+            if reply.code >= 500:
+                self._count_error()
+            if kind is StartTls and engine.state is State.TLS:
+                await self._begin_tls()
+            unsent_octets += 64
+            if unsent_octets > OUTPUT_OCTETS:
+                await connection.write(self.engine.data_to_send())
+                unsent_octets = 0
+
+    def _hang_up(self) -> None:
+        """No more octets will come: say why, where the client can still hear it.  RFC 5321 §3.8, §4.5.3.2."""
+        ended = self.connection.ended
+        self._end = self._end or ended.value
+        if ended is Ended.TIMEOUT:
+            self.engine.say(_TIMEOUT)
+        elif ended is Ended.DRAINED:
+            self.engine.say(_DRAINED)
+
+    def _refused(self, event: Refused) -> None:
+        """The engine has answered already."""
+        self.server.metrics.reply(OTHER, "syntax")
+        if event.fatal:
+            self._close("protocol error")
+        elif event.reply.code >= 500:
+            self._count_error()
+
+    def _count_error(self) -> None:
+        limit = self.server.settings.limits.errors_per_session
+        self._errors += 1
+        if limit and self._errors >= limit and not self._closing:
+            self.engine.say(_ERRORS)
+            self._close("too many errors")
+
+    def _close(self, why: str) -> None:
+        self.engine.close()
+        self._closing = True
+        self._end = why
+
+    # ---- the dialogue
+
+    async def hello(self, command: Hello) -> Reply:
+        """EHLO or HELO: who the client says it is, which is evidence of nothing.  RFC 5321 §4.1.1.1."""
+        if command.verb == "LHLO":
+            return _NO_LMTP
+        if self.engine.unread_octets:  # RFC 2920 §3.1: EHLO is the last of a group
+            self._close("unsynchronised")
+            return _UNSYNCHRONISED
+        self._forget_transaction()
+        esmtp = command.verb == "EHLO"
+        self.facts = self.facts._replace(hello=command.name, esmtp=esmtp)
+        reply, self.engine.offered = self.server.hello_reply(self.listener, esmtp=esmtp, tls=bool(self.facts.tls))
+        return reply
+
+    async def starttls(self, _: StartTls) -> Reply:
+        """TLS from here on; all that was said before is forgotten.  RFC 3207 §4."""
+        if self.facts.tls:
+            return _TLS_IS_ON
+        if self.listener.tls is None:
+            return _NO_TLS
+        if self.engine.unread_octets:  # commands injected behind STARTTLS: neither executed nor fed to TLS
+            self._close("octets behind STARTTLS")
+            return _UNSYNCHRONISED
+        self.connection.hold_reading()
+        return _READY_FOR_TLS
+
+    async def _begin_tls(self) -> None:
+        await self.connection.write(self.engine.data_to_send())
+        # RFC 3207 §4.2: new facts and a new engine, so that nothing learned before can linger.
+        self.facts = self.facts._replace(hello="", esmtp=False, identity=None)
+        self.engine = self._new_engine()
+        await self._handshake(b"")
+
+    async def _handshake(self, octets: bytes) -> None:
+        """The TLS handshake; a client that fails it hears nothing more.
+
+        Args:
+            octets: received before it in plain text; there must be none, they could be somebody else's.
+        """
+        context = self.listener.tls
+        assert context is not None
+        try:
+            if octets:
+                raise ConnectionAbortedError("plain text before TLS")
+            version = await self.connection.start_tls(context, self.server.settings.timeouts.tls_handshake_s)
+        except OSError as error:
+            self.server.metrics.reply("tls", "error")
+            self._close(f"TLS handshake failed: {error}")
+            self.connection.abort()
+            return
+        self.facts = self.facts._replace(tls=version)
+
+    async def auth(self, _: Auth) -> Reply:
+        """AUTH: nothing verifies a login here yet, so none is taken.  RFC 4954 §4."""
+        return _NO_AUTH
+
+    async def mail(self, command: Mail) -> Reply:
+        """A reverse-path opens a transaction.  It confers no right.  RFC 5321 §3.3, §4.1.1.2."""
+        settings = self.server.settings
+        size_octets = command.parameters.size_octets
+        limit_octets = settings.limits.message_size_octets
+        if size_octets and limit_octets and size_octets > limit_octets:  # RFC 1870 §6.1
+            return _TOO_LARGE
+        transaction = TransactionFacts(self.facts, command.reverse_path, 0, time.time())  # noqa: TID251
+        record: TransactionRecord = {
+            "reverse_path": str(command.reverse_path),
+            "recipients": [],
+            "size": 0,
+            "verdict": "",
+            "reply": "",
+        }
+        refusal = relay.denied(settings.rules, transaction)
+        if refusal is None and self.facts.auth_required and self.facts.identity is None:
+            refusal = Refuse(Reason.AUTH_REQUIRED)
+        if refusal is not None:
+            self._transactions.append(record)
+            return self._refuse("mail", refusal, record)
+        self.transaction = transaction
+        self._transaction_record = record
+        self._mail = command
+        self._transactions.append(record)
+        return _SENDER_OK
+
+    async def rcpt(self, command: Rcpt) -> Reply:
+        """One forward-path: admitted with an authority, deferred, or refused.  RFC 5321 §3.3, §4.1.1.3."""
+        server, transaction, mail = self.server, self.transaction, self._mail
+        assert transaction is not None and mail is not None
+        record: RecipientRecord = {"forward_path": str(command.forward_path), "verdict": ""}
+        recipients = self._transaction_record["recipients"]
+        if len(recipients) < RECIPIENTS_LOGGED:
+            recipients.append(record)
+        if not mail.parameters.smtputf8 and not command.forward_path.octets.isascii():  # RFC 6531 §3.4
+            return self._answered(record, _UTF8_NOT_ASKED)
+        findings = server.rates.findings(transaction, command.forward_path)
+        verdict = relay.decide(server.settings.rules, transaction, command.forward_path, findings)
+        if not isinstance(verdict, Admit):
+            return self._refuse("rcpt", verdict, record)
+        recipient = verdict.recipient
+        record["by"] = recipient.authority.where
+        if self._delivery is None or self._backend is None:
+            self._backend = server.backends[recipient.backend]
+            self._delivery = self._backend.begin(mail.reverse_path, mail.parameters, self.facts.client)
+        elif self._backend.name != recipient.backend:
+            # Two backends may answer differently and one reply cannot say so: RFC 5321 §4.5.3.1.10 lets us split.
+            return self._refuse("rcpt", Defer(Reason.OTHER_ROUTE), record)
+        reply = await self._delivery.rcpt(recipient, command.parameters)
+        if reply.positive:
+            self.transaction = transaction._replace(recipients=transaction.recipients + 1)
+            server.rates.admitted(recipient, transaction)
+        server.metrics.reply("rcpt", "accepted" if reply.positive else "backend")
+        return self._answered(record, reply)
+
+    async def data(self, command: Data) -> Reply:
+        """Content may come.  RFC 5321 §4.1.1.4."""
+        if self.engine.unread_octets:  # content before our 354: whoever does that would be talking to a relay
+            self._close("unsynchronised")
+            return _UNSYNCHRONISED
+        self.connection.content_began()
+        return _GO_AHEAD
+
+    def content_chunk(self, block: bytes) -> None:
+        """A block of content, kept until all of it is there."""
+        content = self._content
+        if content is None:
+            content = self._content = Content(self.server.memory)
+            self._storage_failed = False
+            if not self.connection.in_content:  # BDAT; after DATA the 354 began it
+                self.connection.content_began()
+        if self._storage_failed:
+            return
+        try:
+            content.add(block)
+        except StorageError as error:
+            self._storage_failed = True
+            self.server.storage_failed(error)
+
+    async def chunk_ended(self, chunk: ChunkEnded) -> Reply:
+        """A BDAT chunk that is not the last.  RFC 3030 §2."""
+        if chunk.defect is not None:
+            self._finish(chunk.defect.reply, "content")
+            return chunk.defect.reply
+        return _NO_SPACE if self._storage_failed else _CHUNK_OK
+
+    async def content_ended(self, ended: ContentEnded) -> Reply:
+        """All content is there: refuse it, or hand it on and say what the backend says.  RFC 5321 §4.2.5, §6.1."""
+        server, delivery, backend = self.server, self._delivery, self._backend
+        assert delivery is not None and backend is not None and self._mail is not None
+        self.connection.in_content = False
+        content = self._content or Content(server.memory)
+        record = self._transaction_record
+        record["size"] = ended.size_octets
+        if ended.defect is not None:
+            return self._finish(ended.defect.reply, "content")
+        if self._storage_failed:
+            return self._finish(_NO_SPACE, "storage")
+        content.eight_bit, content.dotted = ended.eight_bit, ended.dotted
+        self._message_number += 1
+        message = f"{self.facts.reference}.{self._message_number}"
+                now = int(time.time())  # noqa: TID251
+        field = trace_field(
+            self.facts,
+            server.settings.name,
+            message,
+            server.trace_key.seal(self.facts, now),
+            server.dates.text(now),
+            utf8=self._mail.parameters.smtputf8,
+        )
+        began = server.loop.time()
+        self._delivery = None  # from here on it is the backend's, to the end
+        reply = await delivery.deliver(content, field)
+        server.metrics.delivered(backend.name, server.loop.time() - began)
+        # The one line where content is answered with 250: the reply is the backend's own.
+        return self._finish(reply, "accepted" if reply.positive else "backend")
+
+    async def rset(self, _: Rset) -> Reply:
+        """Forget the transaction.  RFC 5321 §4.1.1.5."""
+        self._forget_transaction()
+        return _RESET
+
+    async def noop(self, _: Noop) -> Reply:
+        """RFC 5321 §4.1.1.9."""
+        return _OK
+
+    async def help(self, _: Help) -> Reply:
+        """RFC 5321 §4.1.1.8."""
+        return _HELP
+
+    async def vrfy(self, _: Vrfy) -> Reply:
+        """Nobody learns who has a mailbox.  RFC 5321 §3.5.3, §7.3."""
+        return _VRFY
+
+    async def expn(self, _: Expn) -> Reply:
+        """RFC 5321 §3.5.2."""
+        return _EXPN
+
+    async def quit(self, _: Quit) -> Reply:
+        """RFC 5321 §4.1.1.10."""
+        self._closing = True
+        self._end = "quit"
+        return self.server.goodbye
+
+    # ---- answers
+
+    def _refuse(self, stage: str, verdict: Refuse | Defer, record: RecipientRecord | TransactionRecord) -> Reply:
+        """The reply that refuses, with a reference by which the operator finds the evidence."""
+        self._refusals += 1
+        reference = f"{self.facts.reference}-{self._refusals}"
+        record["reason"] = verdict.reason.name.lower()
+        record["reference"] = reference
+        if verdict.where:
+            record["by"] = verdict.where
+        self.server.metrics.reply(stage, record["reason"])
+        own = verdict.reply if isinstance(verdict, Refuse) else None
+        return self._answered(record, own or verdict.reason.reply(reference))
+
+    @staticmethod
+    def _answered(record: RecipientRecord | TransactionRecord, reply: Reply) -> Reply:
+        record["verdict"] = "admitted" if reply.positive else "deferred" if reply.transient else "refused"
+        if not reply.positive:
+            record["reply"] = reply.line
+        return reply
+
+    def _finish(self, reply: Reply, why: str) -> Reply:
+        """The transaction is over, one way or the other."""
+        record = self._transaction_record
+        record["verdict"] = verdict = "accepted" if reply.positive else "deferred" if reply.transient else "refused"
+        record["reply"] = reply.line
+        if not reply.positive:
+            record["reason"] = why
+        self.server.metrics.reply("content", "accepted" if reply.positive else why)
+        self.server.metrics.message(verdict, record["size"])
+        self._forget_transaction()
+        return reply
+
+    def _forget_transaction(self) -> None:
+        """Give back all that a transaction holds: a new one begins from nothing."""
+        if self._delivery is not None:
+            self._delivery.abort()
+            self._delivery = None
+        self._backend = None
+        if self._content is not None:
+            self._content.close()
+            self._content = None
+        self.connection.in_content = False
+        self.transaction = None
+        self._mail = None
+        if len(self._transactions) >= TRANSACTIONS_LOGGED:
+            self.server.log.session(self.record())
+            self._transactions = []
+
+    def record(self) -> SessionRecord:
+        """The session's one log line."""
+        facts = self.facts
+        now = time.time()  # noqa: TID251
+        return {
+            "time": rfc3339(now),
+            "event": "session",
+            "reference": facts.reference,
+            "listen": facts.listen,
+            "client": str(facts.client.address),
+            "hello": facts.hello,
+            "tls": facts.tls,
+            "seconds": round(now - self._started, 3),
+            "transactions": self._transactions,
+            "errors": self._errors,
+            "end": self._end,
+        }
+
+
+_Answer = Callable[[Session, Any], Awaitable[Reply]]
+_ANSWERS: Final[dict[type, _Answer]] = cast(
+    "dict[type, _Answer]",
+    {
+        Hello: Session.hello,
+        StartTls: Session.starttls,
+        Auth: Session.auth,
+        Mail: Session.mail,
+        Rcpt: Session.rcpt,
+        Data: Session.data,
+        ChunkEnded: Session.chunk_ended,
+        ContentEnded: Session.content_ended,
+        Rset: Session.rset,
+        Noop: Session.noop,
+        Help: Session.help,
+        Vrfy: Session.vrfy,
+        Expn: Session.expn,
+        Quit: Session.quit,
+    },
+)

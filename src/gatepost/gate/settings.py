@@ -1,0 +1,105 @@
+"""What the gate is configured to be: frozen values that ``config`` builds and a reload replaces as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gatepost.backend.settings import BackendSettings
+from gatepost.facts import IPAddress
+from gatepost.policy.relay import RelayRules
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """[tls].  certificate and key: paths of PEM files, "" for a self-signed pair made under data."""
+
+    certificate: str = ""
+    key: str = ""
+    minimum: str = "1.2"
+
+
+@dataclass(frozen=True, slots=True)
+class ListenSettings:
+    """One [[listen]] table.
+
+    Attributes:
+        addresses: (host, port) pairs; port 0 lets the system choose.
+        role: "mx", "submission" or "inside".
+        tls: "none", "starttls" or "implicit".
+        proxy_from: networks whose connections must begin with a PROXY header; from others one is refused.
+        auth: "off", "offered" or "required".
+        bare_newlines: "refuse" or "normalise", for every client of this listener.
+    """
+
+    name: str
+    addresses: tuple[tuple[str, int], ...]
+    where: str = ""
+    role: str = "mx"
+    tls: str = "none"
+    proxy_from: tuple[str, ...] = ()
+    auth: str = "off"
+    auth_without_tls: bool = False
+    bare_newlines: str = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """[limits].  0 means none for the numbers of the first group; the second group has no "none".
+
+    Attributes:
+        message_size_octets: content, our trace field not counted.
+        content_line_octets: one line of content without its CRLF (RFC 5321 §4.5.3.1.6 gives 998).
+        header_section_octets: the header section with its line ends.
+        memory_octets: content held in memory by one worker, all sessions together; beyond it temporary files serve.
+        message_memory_octets: content of one message held in memory.
+    """
+
+    message_size_octets: int = 50 * MIB
+    recipients_per_message: int = 100
+    sessions: int = 4000
+    sessions_per_client: int = 50
+    sessions_per_minute_per_client: int = 300
+    errors_per_session: int = 10
+    messages_per_hour_per_mailbox: int = 1000
+
+    content_line_octets: int = 998
+    header_section_octets: int = 256 << 10
+    received_fields: int = 100
+    memory_octets: int = 64 * MIB
+    message_memory_octets: int = 2 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long the gate waits for its client, in seconds.  RFC 5321 §4.5.3.2; ``busy_s`` when sessions are scarce."""
+
+    command_s: float = 300.0
+    content_block_s: float = 180.0
+    content_total_s: float = 3600.0
+    proxy_header_s: float = 5.0
+    tls_handshake_s: float = 30.0
+    busy_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """All that one worker needs to serve sessions.
+
+    Attributes:
+        name: the host name in greeting, EHLO and trace field.
+        data: directory for keys, embedded mailboxes and temporary files.
+        own_addresses: addresses of this host's listeners that are not wildcards (for address literals and loops).
+    """
+
+    name: str
+    data: str
+    workers: int
+    listens: tuple[ListenSettings, ...]
+    rules: RelayRules
+    backends: tuple[BackendSettings, ...]
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    tls: TlsSettings = TlsSettings()
+    own_addresses: tuple[IPAddress, ...] = ()

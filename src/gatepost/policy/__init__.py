@@ -1,0 +1,1 @@
+"""DECIDE: facts and findings to a verdict.  Pure, total, explainable."""

@@ -1,0 +1,305 @@
+"""Message content on the wire: CRLF discipline, dot transparency and BDAT, receiving and sending side by side.
+
+Why: whoever can make two servers disagree where content ends can put words (commands) into the mouth of the first.
+    So content has one reading here: lines end in CRLF, only CRLF.CRLF ends DATA, and what fails that is refused as a
+    whole after its real end; the text behind a false end is never read as commands, by us or by the backend.
+Trust: every octet is the client's.
+Promise: bounded in memory (one line and one block); emitted blocks are whole CRLF lines without dot-stuffing, without
+    bare CR, bare LF or NUL; a message with a defect emits nothing more after the defect was seen.
+Sources: RFC 5321 §2.3.8 (lines), §4.1.1.4 (end of mail data), §4.5.2 (transparency), §4.5.3.1.6 (text line),
+    §6.3 (loops); RFC 3030 §2 and §3 (BDAT).
+    Stricter: a bare LF, bare CR or NUL refuses the message (RFC 5321 §2.3.8 forbids sending them); with "normalise"
+    bare CR and LF become CRLF after framing was decided on the octets as received, NUL is refused all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, unique
+from typing import NamedTuple
+
+from gatepost.smtp.reply import Reply
+
+LINE_OCTETS_CEILING = 1 << 20  # a content line with the limit switched off is still bounded
+_NOT_FRAMING = bytes(octet for octet in range(256) if octet not in b"\r\n\0")
+_ANY_NEWLINE = re.compile(rb"\r\n|\r|\n")
+
+
+@unique
+class Defect(Enum):
+    """What is wrong with a message's content, and the reply that says so after its real end."""
+
+    BARE_LF = (550, "5.6.0", "The message holds a bare LF: lines end in CRLF (RFC 5321 2.3.8)")
+    BARE_CR = (550, "5.6.0", "The message holds a bare CR: lines end in CRLF (RFC 5321 2.3.8)")
+    NUL = (550, "5.6.0", "The message holds a NUL octet")
+    LINE_TOO_LONG = (550, "5.6.0", "The message holds a line that is too long (RFC 5321 4.5.3.1.6)")
+    TOO_LARGE = (552, "5.3.4", "The message is larger than this server takes")
+    HEADER_SECTION_TOO_LARGE = (552, "5.3.4", "The header section is larger than this server takes")
+    LOOP = (554, "5.4.6", "Too many Received fields: this message goes round in circles")
+
+    def __init__(self, code: int, status: str, wording: str) -> None:
+        self.reply = Reply(code, wording, status)
+
+
+class ContentLimits(NamedTuple):
+    """Bounds on one message's content; 0 means none for message_size_octets and content_line_octets.
+
+    Attributes:
+        message_size_octets: content as counted by RFC 1870 §6.1: CRLFs counted, dot-stuffing not.
+        content_line_octets: one line without its CRLF.
+        header_section_octets: with line ends.
+        received_fields: so many make a loop.  RFC 5321 §6.3 (at least 100).
+        normalise: bare CR and LF become CRLF instead of refusing the message.
+    """
+
+    message_size_octets: int = 50 << 20
+    content_line_octets: int = 998
+    header_section_octets: int = 256 << 10
+    received_fields: int = 100
+    normalise: bool = False
+
+
+class _Inspector:
+    """What DATA and BDAT have in common: judging blocks of whole lines, and the tally of what passed."""
+
+    __slots__ = (
+        "_header_octets",
+        "_in_header",
+        "_line_max",
+        "_limits",
+        "_received",
+        "_size_max",
+        "defect",
+        "dotted",
+        "eight_bit",
+        "size_octets",
+    )
+
+    def __init__(self, limits: ContentLimits) -> None:
+        self._limits = limits
+        self._line_max = limits.content_line_octets or LINE_OCTETS_CEILING
+        self._size_max = limits.message_size_octets
+        self._in_header = True
+        self._header_octets = 0
+        self._received = 0
+        self.size_octets = 0
+        self.defect: Defect | None = None
+        self.eight_bit = False
+        self.dotted = False
+
+    def _judge(self, block: bytes) -> None:
+        """Set ``defect`` if the block may not pass.
+
+        Args:
+            block: starts at the start of a line; ends in LF, or is the unterminated last line of a BDAT message.
+        """
+        # One pass keeps only CR, LF and NUL; clean text leaves nothing but CRLF pairs.
+        skeleton = block.translate(None, _NOT_FRAMING)
+        if skeleton != b"\r\n" * (len(skeleton) >> 1):
+            self.defect = _classify(skeleton)
+            return
+        size = len(block)
+        line_max = self._line_max
+        if size > line_max:
+            # Jump from line to line, each time over the last LF that a line of legal length allows.
+            window = line_max + 2
+            start = 0
+            while size - start > window:
+                newline = block.rfind(b"\n", start, start + window)
+                if newline < 0:
+                    self.defect = Defect.LINE_TOO_LONG
+                    return
+                start = newline + 1
+            if size - start > line_max and block.find(b"\n", start, start + window) < 0:
+                self.defect = Defect.LINE_TOO_LONG
+                return
+        if self._in_header and self._judge_header(block):
+            return
+        self.size_octets += size
+        if self._size_max and self.size_octets > self._size_max:
+            self.defect = Defect.TOO_LARGE
+            return
+        if not self.eight_bit and not block.isascii():
+            self.eight_bit = True
+
+    def _judge_header(self, block: bytes) -> bool:
+        """Bound the header section and count its Received fields; True when that found a defect."""
+        if block.startswith(b"\r\n"):
+            header = b""
+            self._in_header = False
+        else:
+            end = block.find(b"\r\n\r\n")
+            if end >= 0:
+                self._in_header = False
+                header = block[: end + 2]
+            else:
+                header = block
+        self._header_octets += len(header)
+        if self._header_octets > self._limits.header_section_octets:
+            self.defect = Defect.HEADER_SECTION_TOO_LARGE
+            return True
+        folded = header.lower()
+        self._received += folded.count(b"\nreceived:") + folded.startswith(b"received:")
+        if self._received > self._limits.received_fields:  # RFC 5321 §6.3
+            self.defect = Defect.LOOP
+            return True
+        return False
+
+
+def _classify(skeleton: bytes) -> Defect:
+    """Name what is wrong in what is left of a block besides its text."""
+    if b"\0" in skeleton:
+        return Defect.NUL
+    return Defect.BARE_LF if skeleton.replace(b"\r\n", b"").startswith(b"\n") else Defect.BARE_CR
+
+
+class DataReceiver(_Inspector):
+    """Content after DATA: up to CRLF.CRLF, dot-stuffing removed.  RFC 5321 §4.1.1.4, §4.5.2."""
+
+    __slots__ = ("_after_crlf",)
+
+    def __init__(self, limits: ContentLimits) -> None:
+        super().__init__(limits)
+        self._after_crlf = True  # the CRLF of the DATA line counts: "." at once ends an empty message
+
+    def take(self, octets: bytes) -> tuple[bytes, bytes, bool]:
+        """Take what can be taken.
+
+        Args:
+            octets: all octets received and not yet taken.
+
+        Returns:
+            A block of whole lines (possibly empty; always empty once there is a defect), the octets not taken, and
+            whether content has ended; after the end the octets not taken are commands.
+        """
+        if self.defect is not None:
+            return self._skip(octets)
+        cut = octets.rfind(b"\n") + 1
+        if not cut:
+            if len(octets) > self._line_max + 1:
+                self.defect = Defect.LINE_TOO_LONG
+                return self._skip(octets)
+            return b"", octets, False
+        body, rest, ended, stuffed = self._frame(octets, cut)
+        if not body:
+            return b"", rest, ended
+        if self._limits.normalise:
+            body = _ANY_NEWLINE.sub(b"\r\n", body)
+            stuffed = True
+        if stuffed:
+            if body.startswith(b"."):  # RFC 5321 §4.5.2: the first octet goes if it is a period
+                body = body[1:]
+            body = body.replace(b"\r\n.", b"\r\n")
+            if not self.dotted:
+                self.dotted = body.startswith(b".") or b"\r\n." in body
+        self._judge(body)
+        if self.defect is not None:
+            return (b"", rest, True) if ended else self._skip(rest, body)
+        if not ended and len(rest) > self._line_max + 1:
+            self.defect = Defect.LINE_TOO_LONG
+            return self._skip(rest, body)
+        return body, rest, ended
+
+    def _frame(self, octets: bytes, cut: int) -> tuple[bytes, bytes, bool, bool]:
+        """Split at the end of content if it is there: (block, not taken, ended, some line may be stuffed).
+
+        Only CRLF.CRLF on the octets as received ends content, whatever else is tolerated afterwards.
+        """
+        if self._after_crlf and octets.startswith(b"."):
+            if octets.startswith(b".\r\n"):
+                return b"", octets[3:], True, False
+            dot = 0
+        else:
+            dot = octets.find(b"\r\n.", 0, cut)
+            if dot < 0:
+                self._after_crlf = octets.endswith(b"\r\n", 0, cut)
+                if cut == len(octets):
+                    return octets, b"", False, False
+                return octets[:cut], octets[cut:], False, False
+            if octets.startswith(b"\r\n", dot + 3):
+                return octets[: dot + 2], octets[dot + 5 :], True, False
+        end = octets.find(b"\r\n.\r\n", dot)
+        if end >= 0:
+            return octets[: end + 2], octets[end + 5 :], True, True
+        self._after_crlf = octets.endswith(b"\r\n", 0, cut)
+        return octets[:cut], octets[cut:], False, True
+
+    def _skip(self, octets: bytes, before: bytes = b"") -> tuple[bytes, bytes, bool]:
+        """Refused already: look for the real end only, keep nothing but what could be the beginning of it.
+
+        Args:
+            octets: not yet taken; before: the block that was just dropped and ended in LF.
+        """
+        if before:
+            self._after_crlf = before.endswith(b"\r\n")
+        if self._after_crlf:
+            if octets.startswith(b".\r\n"):
+                return b"", octets[3:], True
+            if octets in (b"", b".", b".\r"):
+                return b"", octets, False
+        end = octets.find(b"\r\n.\r\n")
+        if end >= 0:
+            return b"", octets[end + 5 :], True
+        self._after_crlf = False
+        for tail in (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r"):
+            if octets.endswith(tail):
+                return b"", tail, False
+        return b"", b"", False
+
+
+class BdatReceiver(_Inspector):
+    """Content in BDAT chunks: counted, not framed; the same discipline inside.  RFC 3030 §2, §3.
+
+    BINARYMIME is not offered, so that the content is lines and can go on by DATA to any backend.
+    """
+
+    __slots__ = ("_line", "_remaining", "last")
+
+    def __init__(self, limits: ContentLimits) -> None:
+        super().__init__(limits)
+        self._line = b""  # the unfinished line at the end of the octets so far; a line may span chunks
+        self._remaining = 0
+        self.last = False
+
+    def begin(self, size_octets: int, *, last: bool) -> None:
+        """A BDAT command: so many octets follow it.  RFC 3030 §2."""
+        self._remaining = size_octets
+        self.last = last
+        if self._size_max and self.size_octets + len(self._line) + size_octets > self._size_max:
+            self.defect = self.defect or Defect.TOO_LARGE
+
+    def take(self, octets: bytes) -> tuple[bytes, bytes, bool]:
+        """Like ``DataReceiver.take``; ended means that this chunk has ended.
+
+        The last line of the last chunk may lack its CRLF; it is emitted all the same and sending ends it.
+        """
+        piece, rest = octets[: self._remaining], octets[self._remaining :]
+        self._remaining -= len(piece)
+        ended = not self._remaining
+        if self.defect is not None:
+            return b"", rest, ended
+        pending = self._line + piece
+        cut = len(pending) if ended and self.last else pending.rfind(b"\n") + 1
+        block, self._line = pending[:cut], pending[cut:]
+        if block:
+            if self._limits.normalise:
+                block = _ANY_NEWLINE.sub(b"\r\n", block)
+            self._judge(block)
+            if not self.dotted:
+                self.dotted = block.startswith(b".") or b"\r\n." in block
+        if len(self._line) > self._line_max + 1:
+            self.defect = self.defect or Defect.LINE_TOO_LONG
+        if self.defect is not None:
+            self._line = b""
+            return b"", rest, ended
+        return block, rest, ended
+
+
+def stuff(block: bytes) -> bytes:
+    """Dot transparency for sending: a period before each line that begins with one.  RFC 5321 §4.5.2.
+
+    Args:
+        block: whole CRLF lines without bare CR or LF, beginning at the start of a line.
+    """
+    stuffed = block.replace(b"\r\n.", b"\r\n..")
+    return b"." + stuffed if stuffed.startswith(b".") else stuffed

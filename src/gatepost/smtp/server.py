@@ -1,0 +1,373 @@
+"""The SMTP server's side of the protocol, without a socket: octets in, events out; replies in, octets out.
+
+Why: the order of commands, the framing of lines and content, and what a reply changes are one small machine that can
+    be read, drawn, tested octet by octet and fuzzed, because nothing else is in it.
+Trust: every octet is the client's.  ``receive`` never raises on what a peer sent.
+Promise: at most one question is open, so that replies go out in the order of the commands (RFC 2920 §3.2) without any
+    bookkeeping; only a positive reply moves the state, by the table below; what is kept in memory is bounded by
+    COMMAND_OCTETS_MAX between commands and by one line and one block in content, plus what one ``receive`` brought.
+    The events do not depend on how the octets were split.
+Sources: RFC 5321 §4.1.4 (order of commands), §4.5.3.1.4 (command line), RFC 3030 (BDAT), RFC 3207 §4.2 (STARTTLS).
+    Stricter: a line that ends in a bare LF ends the session unless bare newlines are normalised; a line that holds a
+    bare CR or NUL is refused as a whole and nothing of it is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, unique
+from typing import Final, NamedTuple
+
+from gatepost.smtp.command import (
+    COMMAND_OCTETS_MAX,
+    Auth,
+    Bdat,
+    Command,
+    Data,
+    Expn,
+    Foreign,
+    Hello,
+    Help,
+    Mail,
+    Noop,
+    Quit,
+    Rcpt,
+    Rset,
+    StartTls,
+    Vrfy,
+    parse_command,
+)
+from gatepost.smtp.content import BdatReceiver, ContentLimits, DataReceiver, Defect
+from gatepost.smtp.reply import Reply
+
+FLOOD_OCTETS = 1 << 16  # so much of one over-long line is read before the session is given up
+
+
+@unique
+class State(Enum):
+    """Where the dialogue stands."""
+
+    START = "nothing said yet"
+    READY = "greeted, no transaction"
+    MAIL = "a reverse-path is known"
+    RCPT = "at least one forward-path is admitted"
+    CONTENT = "content after DATA"
+    CHUNK = "octets of a BDAT chunk"
+    CHUNKED = "between BDAT chunks"
+    TLS = "STARTTLS answered with 220; this engine hears nothing more"
+    CLOSED = "no command is read any more"
+
+
+class ContentChunk(NamedTuple):
+    """A block of whole CRLF lines of content, dot-stuffing removed.  Asks nothing."""
+
+    octets: bytes
+
+
+class ContentEnded(NamedTuple):
+    """Content is complete: the question whose positive answer takes responsibility.  RFC 5321 §4.2.5, §6.1."""
+
+    size_octets: int
+    defect: Defect | None
+    eight_bit: bool
+    dotted: bool
+
+
+class ChunkEnded(NamedTuple):
+    """A BDAT chunk that is not the last is complete; wants an answer.  RFC 3030 §2."""
+
+    size_octets: int
+    defect: Defect | None
+
+
+class Refused(NamedTuple):
+    """The engine itself has answered: bad syntax, bad order, bad framing.  Asks nothing.
+
+    Attributes:
+        fatal: the session must end once the reply is sent; the engine reads no further command.
+    """
+
+    reply: Reply
+    fatal: bool = False
+
+
+@unique
+class Signal(Enum):
+    """No event: more octets are needed, or an open question must be answered first."""
+
+    NEED_DATA = "need data"
+    PAUSED = "paused"
+
+
+NEED_DATA: Final = Signal.NEED_DATA
+PAUSED: Final = Signal.PAUSED
+
+Event = Command | ContentChunk | ContentEnded | ChunkEnded | Refused
+
+# RFC 5321 §4.1.4 as a table: in which state a command is in order, and the state after a positive reply to it
+# (None: the same state).  What is not listed for a state the engine itself answers with 503.
+_ANY_TIME: Final[dict[type, State | None]] = {Noop: None, Help: None, Vrfy: None, Expn: None, Quit: State.CLOSED}
+_HELLO: Final[dict[type, State | None]] = {**_ANY_TIME, Hello: State.READY}
+_TABLE: Final[dict[State, dict[type, State | None]]] = {
+    State.START: {**_HELLO, Rset: None},
+    State.READY: {**_HELLO, Rset: None, Mail: State.MAIL, StartTls: State.TLS, Auth: None},
+    State.MAIL: {**_HELLO, Rset: State.READY, Rcpt: State.RCPT},
+    State.RCPT: {**_HELLO, Rset: State.READY, Rcpt: None, Data: State.CONTENT},  # and BDAT, see _bdat()
+    State.CHUNKED: {**_HELLO, Rset: State.READY},  # RFC 3030 §2: nothing but BDAT, RSET and the harmless
+}
+
+_HELLO_FIRST = Reply(503, "Say EHLO or HELO first", "5.5.1")
+_MAIL_FIRST = Reply(503, "MAIL first", "5.5.1")
+_RCPT_FIRST = Reply(503, "RCPT first", "5.5.1")
+_BAD_SEQUENCE = Reply(503, "Not now: a transaction is open", "5.5.1")
+_NO_VALID_RECIPIENTS = Reply(554, "No valid recipients", "5.5.1")  # RFC 5321 §3.3: 503 or 554
+_LINE_TOO_LONG = Reply(500, "Line too long", "5.5.2")
+_BARE_LF = Reply(500, "Lines end in CRLF, this one ended in a bare LF; closing", "5.5.2")
+_BARE_CR_OR_NUL = Reply(500, "The line holds a bare CR or NUL; nothing of it was executed", "5.5.2")
+_NOT_SMTP = Reply(554, "This is an SMTP server; closing", "5.5.1")
+
+
+def _out_of_order(state: State, command: Command) -> Reply:
+    """The 503 that says which command was missing.  RFC 5321 §4.1.4."""
+    if state is State.START:
+        return _HELLO_FIRST
+    if isinstance(command, Rcpt) and state is State.READY:
+        return _MAIL_FIRST
+    if isinstance(command, Data | Bdat):
+        return _NO_VALID_RECIPIENTS if state is State.MAIL else _MAIL_FIRST if state is State.READY else _BAD_SEQUENCE
+    return _BAD_SEQUENCE
+
+
+class ServerEngine:
+    """One SMTP session's protocol, server side.
+
+    Feed ``receive``; take ``next_event`` until it says NEED_DATA or PAUSED; answer each command, ContentEnded and
+    ChunkEnded with ``respond``; send ``data_to_send``.
+
+    Args:
+        offered: EHLO keywords in force; parameters of others are refused.  May be replaced at each EHLO.
+        limits: bounds of content.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_content_octets",
+        "_ended",
+        "_next",
+        "_output",
+        "_overlong_octets",
+        "_position",
+        "_receiver",
+        "_swallow_octets",
+        "_swallow_reply",
+        "limits",
+        "offered",
+        "question",
+        "state",
+    )
+
+    def __init__(self, offered: frozenset[str], limits: ContentLimits) -> None:
+        self.offered = offered
+        self.limits = limits
+        self.state = State.START
+        self.question: object | None = None
+        self._next: State | None = None
+        self._buffer = b""
+        self._position = 0
+        self._output: list[bytes] = []
+        self._overlong_octets = 0
+        self._swallow_octets = 0
+        self._swallow_reply: Reply | None = None
+        self._ended = False
+        self._content_octets = 0
+        self._receiver: DataReceiver | BdatReceiver | None = None
+
+    def receive(self, octets: bytes) -> None:
+        """Take what the peer sent.  After STARTTLS or the end of the session it is dropped.  RFC 3207 §4.2."""
+        if self.state is State.TLS or self.state is State.CLOSED:
+            return
+        if self._position < len(self._buffer):
+            self._buffer = self._buffer[self._position :] + octets
+        else:
+            self._buffer = octets
+        self._position = 0
+
+    @property
+    def unread_octets(self) -> int:
+        """Received and not yet taken: what a client sent without waiting for replies."""
+        return len(self._buffer) - self._position
+
+    def next_event(self) -> Event | Signal:
+        """The next thing the peer said, in order."""
+        if self.question is not None:
+            return PAUSED
+        state = self.state
+        if state is State.CONTENT or state is State.CHUNK:
+            return self._content()
+        if state is State.CLOSED or state is State.TLS:
+            return NEED_DATA
+        if self._swallow_reply is not None:
+            return self._swallow()
+        return self._command()
+
+    def respond(self, reply: Reply) -> None:
+        """Answer the open question; only a positive reply moves the state.  RFC 5321 §4.1.4."""
+        question = self.question
+        if question is None:
+            raise RuntimeError("there is no question to answer")
+        self.question = None
+        self._output.append(reply.octets())
+        if self.state is State.CLOSED:
+            return
+        if type(question) is ContentEnded:
+            self.state = State.READY  # RFC 5321 §4.1.1.4: whatever the answer, the buffers are cleared
+            self._receiver = None
+        elif type(question) is ChunkEnded:
+            self.state = State.CHUNKED if reply.positive else State.READY
+            if not reply.positive:
+                self._receiver = None
+        elif reply.positive and self._next is not None:
+            self.state = self._next
+            if self._next is State.CONTENT:
+                self._receiver = DataReceiver(self.limits)
+                self._content_octets = 0
+            elif self._next is State.READY:
+                self._receiver = None
+            if self._next is State.TLS or self._next is State.CLOSED:
+                self._buffer, self._position = b"", 0
+
+    def say(self, reply: Reply) -> None:
+        """Send a reply that answers no command: the greeting, or a 421 before hanging up.  RFC 5321 §3.1, §3.8."""
+        self._output.append(reply.octets())
+
+    def close(self) -> None:
+        """Read no further command; an open question may still be answered."""
+        self.state = State.CLOSED
+        self._buffer, self._position = b"", 0
+
+    def data_to_send(self) -> bytes:
+        """The octets of all replies since the last call."""
+        output = self._output
+        if len(output) == 1:
+            octets = output[0]
+        else:
+            octets = b"".join(output)
+        output.clear()
+        return octets
+
+    # ---- commands
+
+    def _command(self) -> Event | Signal:
+        line = self._line()
+        if not isinstance(line, bytes):
+            return line
+        command = parse_command(line, self.offered)
+        kind = type(command)
+        if kind is Reply:
+            # A BDAT that was not understood leaves unknown how many octets are not commands.  RFC 3030 §2.
+            lost = line[:4].upper() == b"BDAT" and "CHUNKING" in self.offered
+            return self._refuse(command, fatal=lost)  # type: ignore[arg-type]
+        if kind is Bdat:
+            return self._bdat(command)  # type: ignore[arg-type]
+        if kind is Foreign:
+            return self._refuse(_NOT_SMTP, fatal=True)
+        allowed = _TABLE[self.state]
+        if kind not in allowed:
+            return self._refuse(_out_of_order(self.state, command))  # type: ignore[arg-type]
+        self._next = allowed[kind]
+        self.question = command
+        return command  # type: ignore[return-value]
+
+    def _line(self) -> bytes | Event | Signal:
+        """The next command line without its CRLF.  RFC 5321 §2.3.8, §4.5.3.1.4."""
+        buffer, start = self._buffer, self._position
+        newline = buffer.find(b"\n", start)
+        if newline < 0:
+            if self._overlong_octets or len(buffer) - start > COMMAND_OCTETS_MAX:
+                # The rest of an over-long line must not become a line of its own: drop up to its LF, keep a CR.
+                keep = len(buffer) - 1 if buffer.endswith(b"\r") else len(buffer)
+                self._overlong_octets += keep - start
+                self._position = keep
+                if self._overlong_octets > FLOOD_OCTETS:
+                    return self._refuse(_LINE_TOO_LONG, fatal=True)
+            return NEED_DATA
+        self._position = newline + 1
+        length = self._overlong_octets + newline - start
+        self._overlong_octets = 0
+        if newline > start and buffer[newline - 1] == 0x0D:
+            line = buffer[start : newline - 1]
+        elif self.limits.normalise:
+            line = buffer[start:newline]
+        else:
+            return self._refuse(_BARE_LF, fatal=True)
+        if length > COMMAND_OCTETS_MAX:
+            return self._refuse(_LINE_TOO_LONG, fatal=length > FLOOD_OCTETS)
+        if b"\r" in line or b"\0" in line:
+            return self._refuse(_BARE_CR_OR_NUL)
+        return line
+
+    def _refuse(self, reply: Reply, *, fatal: bool = False) -> Refused:
+        self._output.append(reply.octets())
+        if fatal:
+            self.close()
+        return Refused(reply, fatal)
+
+    # ---- content
+
+    def _content(self) -> Event | Signal:
+        """Content after DATA or in a BDAT chunk: a block, then the question at its end."""
+        receiver = self._receiver
+        assert receiver is not None
+        if self._ended:
+            return self._content_ended(receiver)
+        octets = self._buffer[self._position :] if self._position else self._buffer
+        block, rest, self._ended = receiver.take(octets)
+        self._content_octets += len(octets) - len(rest)
+        self._buffer, self._position = rest, 0
+        if block:
+            return ContentChunk(block)
+        if self._ended:
+            return self._content_ended(receiver)
+        ceiling = 2 * (self.limits.message_size_octets or self._content_octets) + FLOOD_OCTETS
+        if receiver.defect is not None and self._content_octets > ceiling:
+            return self._refuse(receiver.defect.reply, fatal=True)
+        return NEED_DATA
+
+    def _content_ended(self, receiver: DataReceiver | BdatReceiver) -> ContentEnded | ChunkEnded:
+        self._ended = False
+        question: ContentEnded | ChunkEnded
+        if type(receiver) is BdatReceiver and not receiver.last:
+            question = ChunkEnded(receiver.size_octets, receiver.defect)
+        else:
+            question = ContentEnded(receiver.size_octets, receiver.defect, receiver.eight_bit, receiver.dotted)
+        self.question = question
+        return question
+
+    # ---- BDAT: the octets follow the command at once, whatever the answer will be.  RFC 3030 §2
+
+    def _bdat(self, command: Bdat) -> Event | Signal:
+        ceiling = 2 * self.limits.message_size_octets + FLOOD_OCTETS
+        if self.limits.message_size_octets and command.size_octets > ceiling:
+            return self._refuse(Defect.TOO_LARGE.reply, fatal=True)
+        if self.state is not State.RCPT and self.state is not State.CHUNKED:
+            self._swallow_octets = command.size_octets
+            self._swallow_reply = _out_of_order(self.state, command)
+            return self._swallow()
+        if self.state is State.RCPT:
+            self._receiver = BdatReceiver(self.limits)
+            self._content_octets = 0
+        assert type(self._receiver) is BdatReceiver
+        self._receiver.begin(command.size_octets, last=command.last)
+        self.state = State.CHUNK
+        return self._content()
+
+    def _swallow(self) -> Event | Signal:
+        """Drop the octets of a chunk that is out of order, then refuse it."""
+        dropped = min(self._swallow_octets, self.unread_octets)
+        self._position += dropped
+        self._swallow_octets -= dropped
+        if self._swallow_octets:
+            return NEED_DATA
+        reply, self._swallow_reply = self._swallow_reply, None
+        assert reply is not None
+        return self._refuse(reply)
