@@ -22,6 +22,9 @@ from gatepost.smtp.reply import Reply
 
 LINE_OCTETS_CEILING = 1 << 20  # a content line with the limit switched off is still bounded
 _NOT_FRAMING = bytes(octet for octet in range(256) if octet not in b"\r\n\0")
+_BARE_CR = re.compile(rb"\r(?!\n)")
+_CR_OR_DOT = re.compile(rb"\r(?:[^\n]|\n\.)")  # a bare CR, or a line that begins with a period
+_BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n|\0")
 _ANY_NEWLINE = re.compile(rb"\r\n|\r|\n")
 
 
@@ -87,70 +90,63 @@ class _Inspector:
         self.eight_bit = False
         self.dotted = False
 
-    def _judge(self, block: bytes) -> None:
-        """Set ``defect`` if the block may not pass.
+    def _judge(self, block: bytes, *, no_bare_cr: bool = False) -> Defect | None:
+        """What forbids this block to pass, if anything; else it is counted.
 
         Args:
             block: starts at the start of a line; ends in LF, or is the unterminated last line of a BDAT message.
+            no_bare_cr: that is known already.
         """
-        # One pass keeps only CR, LF and NUL; clean text leaves nothing but CRLF pairs.
+        # One pass keeps only CR, LF and NUL: as many CRs as LFs, in turn.  With no CR but before an LF they are pairs.
         skeleton = block.translate(None, _NOT_FRAMING)
-        if skeleton != b"\r\n" * (len(skeleton) >> 1):
-            self.defect = _classify(skeleton)
-            return
+        if skeleton != b"\r\n" * (len(skeleton) >> 1) or not (no_bare_cr or _BARE_CR.search(block) is None):
+            return _classify(block)
         size = len(block)
-        line_max = self._line_max
-        if size > line_max:
-            # Jump from line to line, each time over the last LF that a line of legal length allows.
-            window = line_max + 2
-            start = 0
-            while size - start > window:
-                newline = block.rfind(b"\n", start, start + window)
-                if newline < 0:
-                    self.defect = Defect.LINE_TOO_LONG
-                    return
-                start = newline + 1
-            if size - start > line_max and block.find(b"\n", start, start + window) < 0:
-                self.defect = Defect.LINE_TOO_LONG
-                return
-        if self._in_header and self._judge_header(block):
-            return
+        if size > self._line_max and self._has_long_line(block):
+            return Defect.LINE_TOO_LONG
+        if self._in_header:
+            defect = self._judge_header(block)
+            if defect is not None:
+                return defect
         self.size_octets += size
         if self._size_max and self.size_octets > self._size_max:
-            self.defect = Defect.TOO_LARGE
-            return
+            return Defect.TOO_LARGE
         if not self.eight_bit and not block.isascii():
             self.eight_bit = True
+        return None
 
-    def _judge_header(self, block: bytes) -> bool:
-        """Bound the header section and count its Received fields; True when that found a defect."""
-        if block.startswith(b"\r\n"):
-            header = b""
-            self._in_header = False
+    def _has_long_line(self, block: bytes) -> bool:
+        """Jump from line to line, each time over the last LF that lines of legal length allow.  RFC 5321 §4.5.3.1.6."""
+        window = self._line_max + 2
+        start, size = 0, len(block)
+        while size - start > window:
+            newline = block.rfind(b"\n", start, start + window)
+            if newline < 0:
+                return True
+            start = newline + 1
+        return size - start > self._line_max and block.find(b"\n", start) < 0
+
+    def _judge_header(self, block: bytes) -> Defect | None:
+        """Bound the header section and count its Received fields."""
+        end = 0 if block.startswith(b"\r\n") else block.find(b"\r\n\r\n") + 2
+        if end == 1:  # the blank line is not here yet
+            header = block
         else:
-            end = block.find(b"\r\n\r\n")
-            if end >= 0:
-                self._in_header = False
-                header = block[: end + 2]
-            else:
-                header = block
+            header = block[:end]
+            self._in_header = False
         self._header_octets += len(header)
         if self._header_octets > self._limits.header_section_octets:
-            self.defect = Defect.HEADER_SECTION_TOO_LARGE
-            return True
+            return Defect.HEADER_SECTION_TOO_LARGE
         folded = header.lower()
         self._received += folded.count(b"\nreceived:") + folded.startswith(b"received:")
-        if self._received > self._limits.received_fields:  # RFC 5321 §6.3
-            self.defect = Defect.LOOP
-            return True
-        return False
+        return Defect.LOOP if self._received > self._limits.received_fields else None  # RFC 5321 §6.3
 
 
-def _classify(skeleton: bytes) -> Defect:
-    """Name what is wrong in what is left of a block besides its text."""
-    if b"\0" in skeleton:
-        return Defect.NUL
-    return Defect.BARE_LF if skeleton.replace(b"\r\n", b"").startswith(b"\n") else Defect.BARE_CR
+def _classify(block: bytes) -> Defect:
+    """Name the first thing wrong with a block's line ends."""
+    bare = _BARE.search(block)
+    assert bare is not None
+    return {b"\0": Defect.NUL, b"\n": Defect.BARE_LF, b"\r": Defect.BARE_CR}[bare[0]]
 
 
 class DataReceiver(_Inspector):
@@ -180,58 +176,55 @@ class DataReceiver(_Inspector):
                 self.defect = Defect.LINE_TOO_LONG
                 return self._skip(octets)
             return b"", octets, False
-        body, rest, ended, stuffed = self._frame(octets, cut)
+        body, rest, ended, plain = self._frame(octets, cut)
         if not body:
             return b"", rest, ended
         if self._limits.normalise:
             body = _ANY_NEWLINE.sub(b"\r\n", body)
-            stuffed = True
-        if stuffed:
+            plain = False
+        if not plain:
             if body.startswith(b"."):  # RFC 5321 §4.5.2: the first octet goes if it is a period
                 body = body[1:]
             body = body.replace(b"\r\n.", b"\r\n")
             if not self.dotted:
                 self.dotted = body.startswith(b".") or b"\r\n." in body
-        self._judge(body)
-        if self.defect is not None:
-            return (b"", rest, True) if ended else self._skip(rest, body)
+        self.defect = self._judge(body, no_bare_cr=plain)
         if not ended and len(rest) > self._line_max + 1:
-            self.defect = Defect.LINE_TOO_LONG
-            return self._skip(rest, body)
+            self.defect = self.defect or Defect.LINE_TOO_LONG
+        if self.defect is not None:
+            return (b"", rest, True) if ended else self._skip(rest)
         return body, rest, ended
 
     def _frame(self, octets: bytes, cut: int) -> tuple[bytes, bytes, bool, bool]:
-        """Split at the end of content if it is there: (block, not taken, ended, some line may be stuffed).
+        """Split at the end of content if it is there.
 
         Only CRLF.CRLF on the octets as received ends content, whatever else is tolerated afterwards.
+
+        Returns:
+            A block, the octets not taken, whether content ended, and whether the block is known to hold no bare CR and
+            no line that begins with a period.
         """
         if self._after_crlf and octets.startswith(b"."):
             if octets.startswith(b".\r\n"):
-                return b"", octets[3:], True, False
-            dot = 0
+                return b"", octets[3:], True, True
         else:
-            dot = octets.find(b"\r\n.", 0, cut)
-            if dot < 0:
+            odd = _CR_OR_DOT.search(octets, 0, cut)
+            if odd is None:
                 self._after_crlf = octets.endswith(b"\r\n", 0, cut)
                 if cut == len(octets):
-                    return octets, b"", False, False
-                return octets[:cut], octets[cut:], False, False
-            if octets.startswith(b"\r\n", dot + 3):
-                return octets[: dot + 2], octets[dot + 5 :], True, False
-        end = octets.find(b"\r\n.\r\n", dot)
+                    return octets, b"", False, True
+                return octets[:cut], octets[cut:], False, True
+            at = odd.start()
+            if octets.startswith(b"\r\n.\r\n", at):
+                return octets[: at + 2], octets[at + 5 :], True, True
+        end = octets.find(b"\r\n.\r\n")
         if end >= 0:
-            return octets[: end + 2], octets[end + 5 :], True, True
+            return octets[: end + 2], octets[end + 5 :], True, False
         self._after_crlf = octets.endswith(b"\r\n", 0, cut)
-        return octets[:cut], octets[cut:], False, True
+        return octets[:cut], octets[cut:], False, False
 
-    def _skip(self, octets: bytes, before: bytes = b"") -> tuple[bytes, bytes, bool]:
-        """Refused already: look for the real end only, keep nothing but what could be the beginning of it.
-
-        Args:
-            octets: not yet taken; before: the block that was just dropped and ended in LF.
-        """
-        if before:
-            self._after_crlf = before.endswith(b"\r\n")
+    def _skip(self, octets: bytes) -> tuple[bytes, bytes, bool]:
+        """Refused already: look for the real end only, keep nothing but what could be the beginning of it."""
         if self._after_crlf:
             if octets.startswith(b".\r\n"):
                 return b"", octets[3:], True
@@ -284,11 +277,11 @@ class BdatReceiver(_Inspector):
         if block:
             if self._limits.normalise:
                 block = _ANY_NEWLINE.sub(b"\r\n", block)
-            self._judge(block)
+            self.defect = self._judge(block)
             if not self.dotted:
-                self.dotted = block.startswith(b".") or b"\r\n." in block
-        if len(self._line) > self._line_max + 1:
-            self.defect = self.defect or Defect.LINE_TOO_LONG
+                self.dotted = block.startswith(b".") or b"\r\n." in block  # a chunk may begin in a line: no matter
+        if self.defect is None and len(self._line) > self._line_max + 1:
+            self.defect = Defect.LINE_TOO_LONG
         if self.defect is not None:
             self._line = b""
             return b"", rest, ended

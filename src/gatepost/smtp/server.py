@@ -6,7 +6,7 @@ Trust: every octet is the client's.  ``receive`` never raises on what a peer sen
 Promise: at most one question is open, so that replies go out in the order of the commands (RFC 2920 §3.2) without any
     bookkeeping; only a positive reply moves the state, by the table below; what is kept in memory is bounded by
     COMMAND_OCTETS_MAX between commands and by one line and one block in content, plus what one ``receive`` brought.
-    The events do not depend on how the octets were split.
+    The events do not depend on how the octets were split; only which of several defects of a message is named may.
 Sources: RFC 5321 §4.1.4 (order of commands), §4.5.3.1.4 (command line), RFC 3030 (BDAT), RFC 3207 §4.2 (STARTTLS).
     Stricter: a line that ends in a bare LF ends the session unless bare newlines are normalised; a line that holds a
     bare CR or NUL is refused as a whole and nothing of it is executed.
@@ -14,7 +14,6 @@ Sources: RFC 5321 §4.1.4 (order of commands), §4.5.3.1.4 (command line), RFC 3
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum, unique
 from typing import Final, NamedTuple
 
@@ -248,10 +247,7 @@ class ServerEngine:
     def data_to_send(self) -> bytes:
         """The octets of all replies since the last call."""
         output = self._output
-        if len(output) == 1:
-            octets = output[0]
-        else:
-            octets = b"".join(output)
+        octets = output[0] if len(output) == 1 else b"".join(output)
         output.clear()
         return octets
 

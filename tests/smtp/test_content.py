@@ -1,0 +1,194 @@
+"""Content framing: one reading, whatever the octets and however they are split."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatepost.smtp.content import BdatReceiver, ContentLimits, DataReceiver, Defect, stuff
+
+LIMITS = ContentLimits(message_size_octets=10_000, content_line_octets=998, header_section_octets=2_000)
+
+
+def feed(receiver: DataReceiver | BdatReceiver, octets: bytes, sizes: list[int]) -> tuple[bytes, bytes, bool]:
+    """Content, what is left behind its end, and whether it ended; fed in pieces of these sizes, over and over."""
+    content, waiting, position, turn = b"", b"", 0, 0
+    while True:
+        block, waiting, ended = receiver.take(waiting)
+        content += block
+        if ended:
+            return content, waiting + octets[position:], True
+        if position >= len(octets):
+            return content, waiting, False
+        size = sizes[turn % len(sizes)]
+        turn += 1
+        waiting += octets[position : position + size]
+        position += size
+
+
+def three_ways(octets: bytes, limits: ContentLimits = LIMITS) -> tuple[bytes, bytes, bool, Defect | None]:
+    """Whole, octet by octet, and in pieces: the same result."""
+    results = []
+    for sizes in ([len(octets) or 1], [1], [3, 1, 7]):
+        receiver = DataReceiver(limits)
+        content, rest, ended = feed(receiver, octets, sizes)
+        results.append((b"" if receiver.defect else content, rest if ended else b"", ended, receiver.defect))
+    assert results[0] == results[1] == results[2]
+    return results[0]
+
+
+@pytest.mark.parametrize(
+    ("octets", "content"),
+    [
+        (b".\r\n", b""),
+        (b"\r\n.\r\n", b"\r\n"),
+        (b"a: b\r\n\r\ntext\r\n.\r\n", b"a: b\r\n\r\ntext\r\n"),
+        (b"..\r\n.\r\n", b".\r\n"),
+        (b"a\r\n..b\r\n...\r\n.\r\n", b"a\r\n.b\r\n..\r\n"),
+        (b".x\r\n.\r\n", b"x\r\n"),
+        (b"a.\r\n.\r\n", b"a.\r\n"),
+        (b"\xff\x0b\x0c\x85\r\n.\r\n", b"\xff\x0b\x0c\x85\r\n"),
+    ],
+)
+def test_the_end_is_found_and_stuffing_removed(octets: bytes, content: bytes) -> None:
+    assert three_ways(octets + b"NEXT\r\n") == (content, b"NEXT\r\n", True, None)
+
+
+@pytest.mark.parametrize(
+    ("octets", "defect"),
+    [
+        (b"a\n.\nMAIL\r\n.\r\n", Defect.BARE_LF),
+        (b"a\n.\r\nMAIL\r\n.\r\n", Defect.BARE_LF),
+        (b"a\r\n.\nMAIL\r\n.\r\n", Defect.BARE_LF),
+        (b"a\r.\rMAIL\r\n.\r\n", Defect.BARE_CR),
+        (b"a\r.\r\nMAIL\r\n.\r\n", Defect.BARE_CR),
+        (b"a\r\n.\rMAIL\r\n.\r\n", Defect.BARE_CR),
+        (b"a\r\r\n.\r\r\nMAIL\r\n.\r\n", Defect.BARE_CR),
+        (b"a\r\n\0.\r\nMAIL\r\n.\r\n", Defect.NUL),
+        (b"a\r\0\n.\r\nMAIL\r\n.\r\n", Defect.BARE_CR),
+        (b"x" * 999 + b"\r\n.\r\n", Defect.LINE_TOO_LONG),
+        (b"\r\n" + b"a\r\n" * 4000 + b".\r\n", Defect.TOO_LARGE),
+        (b"a: b\r\n" * 400 + b"\r\n.\r\n", Defect.HEADER_SECTION_TOO_LARGE),
+    ],
+)
+def test_a_defect_refuses_the_whole_message_after_its_real_end(octets: bytes, defect: Defect) -> None:
+    content, rest, ended, found = three_ways(octets + b"NEXT\r\n")
+    assert (content, rest, ended, found) == (b"", b"NEXT\r\n", True, defect)
+
+
+def test_end_of_octets_is_no_end_of_content() -> None:
+    for octets in (b"a\r\n", b"a\r\n.", b"a\r\n.\r", b"a\r\n\n.\r"):
+        assert not three_ways(octets)[2]
+
+
+@pytest.mark.parametrize("length", [997, 998, 999])
+def test_line_limit(length: int) -> None:
+    for body in (b"x" * length + b"\r\n", b"a\r\n" * 50 + b"x" * length + b"\r\nb\r\n"):
+        defect = three_ways(body + b".\r\n")[3]
+        assert (defect is Defect.LINE_TOO_LONG) == (length > 998)
+
+
+@pytest.mark.parametrize("octets", [9_999, 10_000, 10_001])
+def test_size_limit(octets: int) -> None:
+    lines = b"\r\n" + b"x" * 48 + b"\r\n"
+    body = lines + (b"y" * 98 + b"\r\n") * 99
+    body += b"z" * (octets - len(body) - 2) + b"\r\n"
+    assert len(body) == octets
+    content, _, _, defect = three_ways(body + b".\r\n")
+    assert (defect is Defect.TOO_LARGE) == (octets > 10_000)
+    assert content == (b"" if defect else body)
+
+
+def test_received_fields_make_a_loop() -> None:
+    field = b"Received: by a.test; now\r\n"
+    limits = LIMITS._replace(received_fields=5)
+    assert three_ways(field * 5 + b"\r\n.\r\n", limits)[3] is None
+    assert three_ways(field * 6 + b"\r\n.\r\n", limits)[3] is Defect.LOOP
+    assert three_ways(b"a: b\r\n\r\n" + field * 6 + b".\r\n", limits)[3] is None, "the body may quote trace fields"
+
+
+def test_normalising_gives_crlf_lines_and_the_end_stays_crlf_dot_crlf() -> None:
+    limits = LIMITS._replace(normalise=True)
+    assert three_ways(b"a\nb\rc\r\n.\r\n", limits)[0] == b"a\r\nb\r\nc\r\n"
+    content, rest, ended, defect = three_ways(b"a\n.\nMAIL FROM:<x@y.test>\r\n.\r\nNEXT", limits)
+    assert (ended, rest, defect) == (True, b"NEXT", None)
+    assert content == b"a\r\n\r\nMAIL FROM:<x@y.test>\r\n"
+    assert three_ways(b"a\0\r\n.\r\n", limits)[3] is Defect.NUL
+
+
+@given(st.lists(st.sampled_from([b"a", b".", b"..", b"", b".x", b"x.", b"\xff" * 70]), max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_what_was_stuffed_is_received(lines: list[bytes]) -> None:
+    body = b"".join(line + b"\r\n" for line in lines)
+    assert three_ways(stuff(body) + b".\r\n") == (body, b"", True, None)
+
+
+@given(st.binary(max_size=200).map(lambda b: bytes(b"\r\n.\0ax"[octet % 6] for octet in b)))
+@settings(max_examples=500, deadline=None)
+def test_no_octets_are_read_in_two_ways(octets: bytes) -> None:
+    content, _, _, _ = three_ways(octets + b"\r\n.\r\n")
+    assert b"\0" not in content
+    assert content.count(b"\r\n") == content.count(b"\r") == content.count(b"\n")
+    sent = stuff(content)
+    assert not sent.startswith(b".\r\n")
+    assert b"\r\n.\r\n" not in sent
+
+
+# ---- BDAT
+
+
+def chunks(parts: list[bytes], limits: ContentLimits = LIMITS) -> tuple[bytes, Defect | None]:
+    results = []
+    for sizes in ([1 << 20], [1], [2, 5]):
+        receiver = BdatReceiver(limits)
+        content = b""
+        for number, part in enumerate(parts):
+            receiver.begin(len(part), last=number == len(parts) - 1)
+            block, rest, ended = feed(receiver, part + b"NEXT", sizes)
+            assert ended
+            assert rest == b"NEXT"
+            content += block
+        results.append((b"" if receiver.defect else content, receiver.defect))
+    assert results[0] == results[1] == results[2]
+    return results[0]
+
+
+def test_bdat_content_is_counted_not_framed() -> None:
+    body = b"Subject: x\r\n\r\n.\r\n..\r\nMAIL FROM:<a@b.test>\r\n"
+    assert chunks([body]) == (body, None)
+    assert chunks([body[:5], body[5:20], b"", body[20:]]) == (body, None), "lines may span chunks"
+    assert chunks([b"no line end"]) == (b"no line end", None)
+    assert chunks([b""]) == (b"", None)
+
+
+@pytest.mark.parametrize(
+    ("parts", "defect"),
+    [
+        ([b"a\n.\n\n"], Defect.BARE_LF),
+        ([b"a\r", b"b\r\n"], Defect.BARE_CR),
+        ([b"a\r"], Defect.BARE_CR),
+        ([b"a\0\r\n"], Defect.NUL),
+        ([b"x" * 999], Defect.LINE_TOO_LONG),
+        ([b"x" * 600, b"x" * 600], Defect.LINE_TOO_LONG),
+        ([b"\r\n" + b"a\r\n" * 3000, b"b\r\n" * 3000], Defect.TOO_LARGE),
+    ],
+)
+def test_bdat_has_the_same_discipline(parts: list[bytes], defect: Defect) -> None:
+    assert chunks(parts) == (b"", defect)
+
+
+def test_a_cr_and_its_lf_may_stand_in_two_chunks() -> None:
+    assert chunks([b"a\r", b"\nb\r\n"]) == (b"a\r\nb\r\n", None)
+
+
+def test_flags_say_what_sending_needs() -> None:
+    for octets, dotted, eight_bit in (
+        (b"a\r\n.\r\n", False, False),
+        (b"..a\r\n.\r\n", True, False),
+        (b".a\r\n.\r\n", False, False),
+        (b"a\r\n..\xff\r\n.\r\n", True, True),
+    ):
+        receiver = DataReceiver(LIMITS)
+        feed(receiver, octets, [4])
+        assert (receiver.dotted, receiver.eight_bit) == (dotted, eight_bit)
