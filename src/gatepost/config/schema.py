@@ -1,0 +1,412 @@
+"""The tables and keys of gatepost.toml: names, forms, defaults, and what each means.
+
+Why: said once, here; the loader judges by it and the reference documentation is printed from it.
+Trust: an administrator's file; each model takes one parsed TOML table and refuses what it does not know.
+Promise: strict: no text is taken for a number, no number for text, no key is ignored.
+Sources: the configuration section of the interface; RFC 5321 §4.5.3 for limits and times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+
+from gatepost.backend.settings import BackendAddress
+from gatepost.config import values
+from gatepost.gate.settings import Limits, Timeouts
+from gatepost.policy.relay import IPNetwork
+from gatepost.smtp.path import Pattern
+from gatepost.smtp.reply import Reply
+
+LIMITS = Limits()
+TIMEOUTS = Timeouts()
+PUBLIC_TRUST = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a value is written, for the reference; ``show`` writes a parsed default that way."""
+
+    words: str
+    show: Callable[[Any], str] | None = None
+
+
+def _several(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+def _name(value: str) -> str:
+    if not value or not all(c.isascii() and (c.isalnum() or c in "._-") for c in value) or len(value) > 64:
+        raise ValueError('a name is made of letters, digits, ".", "_" and "-"; write one such as "mx"')
+    return value
+
+
+def _line(value: str) -> str:
+    if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or c in "\u2028\u2029" for c in value) or len(value) > 500:
+        raise ValueError("this is shown to people on one line; write at most 500 characters without line breaks")
+    return value
+
+
+def _absent(sentence: str, harmless: object = None) -> Callable[[object], object]:
+    """A validator for a key whose work this version does not do, and whose absence would do harm."""
+
+    def refuse(value: object) -> object:
+        if value != harmless:
+            raise ValueError(sentence)
+        return value
+
+    return refuse
+
+
+def _filled(value: list[Any]) -> list[Any]:
+    if not value:
+        raise ValueError("the list is empty; name at least one, or remove the key")
+    return value
+
+
+Size = Annotated[int, PlainValidator(values.size_octets), Form('size, such as "50 MiB"; 0 = none', values.size_text)]
+Wait = Annotated[
+    float, PlainValidator(values.duration_s), Field(ge=1, le=86400), Form('time, such as "30m"', values.duration_text)
+]
+Bound = Annotated[int, PlainValidator(values.size_octets), Form('size, such as "1 MiB"', values.size_text)]
+Duration = Annotated[float, PlainValidator(values.duration_s), Form('time, such as "30m"', values.duration_text)]
+Count = Annotated[int, Field(ge=0, le=10**9), Form("number; 0 = none")]
+Expiry = Annotated[float, PlainValidator(values.expiry), Form("date or date-time, without quotes, UTC")]
+Network = Annotated[IPNetwork, PlainValidator(values.network), Form("network: CIDR, address/mask or one address")]
+HostPort = Annotated[tuple[str, int], PlainValidator(values.listen_address), Form('"address:port" or "[v6]:port"')]
+BackendAt = Annotated[
+    BackendAddress,
+    PlainValidator(values.backend_address),
+    Form('"host:port", "lmtp:/path", "lmtp:host:port" or "embedded:"'),
+]
+DomainName = Annotated[str, PlainValidator(values.domain), Form("domain name")]
+LocalDomain = Annotated[
+    str, PlainValidator(values.local_domain), Form('"example.com", "*.example.com" or "[192.0.2.1]"')
+]
+PathPattern = Annotated[
+    Pattern,
+    PlainValidator(lambda value: Pattern.parse(values.text(value))),
+    Form('pattern: "user@example.com", "*@example.com", "*@*.example.com", "<>" or "*"', str),
+]
+RoutePattern = Annotated[
+    Pattern | Literal["local"],
+    PlainValidator(lambda value: "local" if value == "local" else Pattern.parse(values.text(value))),
+    Form('pattern: "user@example.com", "*@example.com", "*@*.example.com", "local" or "*"', str),
+]
+HeloPattern = Annotated[str, PlainValidator(values.helo_pattern), Form('"name" or "*.name"')]
+Fingerprint = Annotated[str, PlainValidator(values.fingerprint), Form("SHA-256, hexadecimal")]
+Refusal = Annotated[Reply, PlainValidator(values.refusal), Form('"550 5.7.1 Not from there"')]
+Secret = Annotated[values.Secret, PlainValidator(values.secret), Form('text, "${NAME}" or { file = "/run/secrets/x" }')]
+Name = Annotated[str, AfterValidator(_name), Form("name")]
+Line = Annotated[str, AfterValidator(_line), Form("one line of text")]
+File = Annotated[str, AfterValidator(_line), Form("path, relative to this file")]
+TlsVersion = Literal["1.0", "1.1", "1.2", "1.3"]
+BareNewlines = Literal["refuse", "normalise"]
+
+
+class Table(BaseModel):
+    """What all tables have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class Gate(Table):
+    """This gate as a whole."""
+
+    name: DomainName | None = Field(
+        None, description="The name in greeting, EHLO and trace field. Default: the host's own full name."
+    )
+    data: File = Field(
+        "",
+        description="Directory of what the gate keeps: keys, embedded mailboxes, temporary files, its process id. "
+        "Default: /var/lib/gatepost for a configuration below /etc, otherwise gatepost-data beside the configuration.",
+    )
+    workers: int | None = Field(
+        None, ge=1, le=256, description="Worker processes. Default: the number of CPUs that the gate may use."
+    )
+    user: Line = Field(
+        "",
+        description="The user whose privileges the gate takes once its ports are bound; needed where it is started as "
+        "root.",
+    )
+    public_trust: int = Field(
+        PUBLIC_TRUST,
+        ge=0,
+        le=2**32,
+        description="How many public IPv4 addresses in all may relay without AUTH before the configuration counts as "
+        "an open relay and is refused. An IPv6 /48, one site, counts as one address. An entry that has expired, or "
+        "whose forward_paths all name domains, does not count.",
+    )
+    open_relay: DomainName | None = Field(
+        None,
+        description="The only way to load a configuration that relays for strangers: this gate's own name, as in name.",
+    )
+
+
+class Listen(Table):
+    """One listener: its addresses, and what is expected of clients that come there. At least one."""
+
+    name: Name | None = Field(None, description="What logs, metrics and [[trust]] call it. Default: its role.")
+    address: Annotated[list[HostPort], BeforeValidator(_several), AfterValidator(_filled)] = Field(
+        description="Where to listen: one or several. Port 0 lets the system choose. 0.0.0.0 is every IPv4 address, "
+        "[::] every IPv6 address, and localhost means 127.0.0.1.",
+    )
+    role: Literal["mx", "submission", "inside"] = Field(
+        "mx", description="mx: strangers bring mail for us. submission: AUTH is required. inside: our own machines."
+    )
+    tls: Literal["none", "starttls", "implicit"] = Field(
+        "none", description="none, starttls (offered in EHLO) or implicit (TLS from the first octet, as on port 465)."
+    )
+    proxy_from: Annotated[list[Network], BeforeValidator(_several)] = Field(
+        default_factory=list,
+        description="Connections from these must begin with a PROXY header (v1 or v2), which says who the client is; "
+        "from anybody else such a header is refused.",
+    )
+    auth: Literal["off", "offered", "required"] | None = Field(
+        None,
+        description="Whether clients may or must log in. Default by role: mx off, submission required, inside offered.",
+    )
+    auth_without_tls: bool = Field(False, description="Offer AUTH on plain connections, too.")
+    bare_newlines: BareNewlines = Field(
+        "refuse",
+        description="What becomes of a CR or LF that stands alone in content: refuse, or normalise to CRLF. Neither "
+        "sends one on.",
+    )
+
+
+class Tls(Table):
+    """The certificate of listeners with TLS. Without one, a self-signed one is made below data."""
+
+    certificate: File = Field("", description="PEM file: the certificate, then its chain. Read again when it changes.")
+    key: File = Field("", description="PEM file of the private key. Default: it stands in the certificate's file.")
+    minimum: TlsVersion = Field("1.2", description="The oldest version of TLS that is spoken.")
+
+
+class Domains(Table):
+    """The domains whose mail is ours."""
+
+    local: Annotated[list[LocalDomain], BeforeValidator(_several)] = Field(
+        default_factory=list,
+        description="Anyone may send mail to these. *.example.com is every name below example.com and not example.com "
+        "itself. International names in either form. The first domain without * takes the mail to bare postmaster.",
+    )
+
+
+class Backend(Table):
+    """One server that takes the mail. The first in the file takes what no [[route]] takes."""
+
+    address: Annotated[list[BackendAt], BeforeValidator(_several), AfterValidator(_filled)] = Field(
+        description="One or several, tried in order. lmtp: speaks LMTP to a Unix socket or a port. embedded: keeps a "
+        "Maildir for each mailbox below data, embedded:/directory below that directory.",
+    )
+    tls: Literal["off", "opportunistic", "required"] = Field(
+        "opportunistic",
+        description="opportunistic: STARTTLS where the backend offers it, its certificate not judged. required: never "
+        "without, and the certificate must be right.",
+    )
+    connections: int = Field(
+        100, ge=1, le=100_000, description="At most so many at once; each worker has an even share, of one at least."
+    )
+    connect_timeout: Duration = Field(
+        10.0, description="How long one address may take to connect, TLS included, before the next is tried."
+    )
+    when_down: Annotated[
+        Literal["defer", "spool"],
+        AfterValidator(
+            _absent("this version does not spool, so that mail it answered for would be lost; remove the key", "defer")
+        ),
+    ] = Field(
+        "defer",
+        description="While the backend is out of reach: defer (451, the client keeps the message). spool is refused: "
+        "this version has no spool.",
+    )
+    xclient: Annotated[
+        bool,
+        AfterValidator(
+            _absent(
+                "this version does not hand the client's address on, so that the backend would take all mail as the "
+                "gate's own; remove the key",
+                False,
+            )
+        ),
+    ] = Field(False, description="true is refused: this version does not hand the client's address on to the backend.")
+    auth: Annotated[
+        Any,
+        PlainValidator(
+            _absent(
+                "this version does not log in to a backend, which would refuse or misjudge the mail; remove the key"
+            )
+        ),
+    ] = Field(None, description="Refused: this version does not log in to a backend.")
+
+
+class Route(Table):
+    """Which backend takes which forward-paths. The first match wins; without one the first backend takes the mail."""
+
+    forward_paths: Annotated[list[RoutePattern], BeforeValidator(_several), AfterValidator(_filled)] = Field(
+        description="Patterns; local stands for all local domains."
+    )
+    backend: Name = Field(description="The NAME of a [backend.NAME].")
+
+
+class Trust(Table):
+    """Who may send anywhere: one grant. Exactly one of network, host, listen, accounts, certificate and pop3."""
+
+    network: Network | None = Field(None, description="Who: clients in this network.")
+    host: DomainName | None = Field(None, description="Who: the addresses of this DNS name, followed as it moves.")
+    listen: Name | None = Field(None, description="Who: the clients of the listener with this name.")
+    accounts: Annotated[list[Line], BeforeValidator(_several), AfterValidator(_filled)] | None = Field(
+        None, description="Who: clients that logged in, by account name; * for all. Matches nobody in this version."
+    )
+    certificate: Fingerprint | None = Field(
+        None, description="Who: clients with this certificate. Matches nobody in this version."
+    )
+    pop3: Duration | None = Field(
+        None,
+        description="Who: clients that logged in to the POP3 proxy in the time given. Matches nobody in this version.",
+    )
+    why: Line = Field("", description="Why this grant exists; named in verdicts.")
+    owner: Line = Field("", description="Whom to ask about it.")
+    expires: Expiry | None = Field(
+        None, description="When the grant ends: a date (to the end of that day, UTC) or a date-time."
+    )
+    reverse_paths: Annotated[list[PathPattern], BeforeValidator(_several), AfterValidator(_filled)] | None = Field(
+        None, description="Only as these. Default: any. A reverse-path only narrows a grant, it never makes one."
+    )
+    forward_paths: Annotated[list[PathPattern], BeforeValidator(_several), AfterValidator(_filled)] | None = Field(
+        None, description="Only to these. Default: any."
+    )
+    messages_per_hour: Count = Field(0, description="At most so many messages in an hour, for each client.")
+    recipients_per_hour: Count = Field(0, description="At most so many recipients in an hour, for each client.")
+    tls_minimum: TlsVersion | None = Field(
+        None,
+        description="Only over TLS of at least this version. In this version none below [tls] minimum is spoken.",
+    )
+    bare_newlines: BareNewlines = Field("refuse", description="As in [[listen]], for these clients.")
+
+
+class Deny(Table):
+    """Refused whatever else is allowed. Exactly one of network, host, helo, reverse_path and forward_path."""
+
+    network: Network | None = Field(None, description="Who: clients in this network.")
+    host: DomainName | None = Field(None, description="Who: the addresses of this DNS name, followed as it moves.")
+    helo: HeloPattern | None = Field(None, description="Who: clients that call themselves so in EHLO or HELO.")
+    reverse_path: PathPattern | None = Field(None, description="Who: mail that claims to come from here.")
+    forward_path: PathPattern | None = Field(None, description="Mail to here.")
+    reply: Refusal | None = Field(None, description="The reply in place of our own: code, status and words.")
+    why: Line = Field("", description="Why; named in verdicts, not in replies.")
+    owner: Line = Field("", description="Whom to ask about it.")
+    expires: Expiry | None = Field(None, description="When it ends, as in [[trust]].")
+
+
+class Auth(Table):
+    """Who verifies a login. This version verifies none: AUTH is not offered, and nobody is trusted by account."""
+
+    verify: list[Literal["accounts", "pop3", "imap", "smtp", "ldap", "dovecot"]] = Field(
+        ["accounts"], description="Asked in order; each but accounts has a table of its own."
+    )
+    accounts: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
+    pop3: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
+    imap: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
+    smtp: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
+    ldap: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
+    dovecot: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
+
+
+class Limit(Table):
+    """Bounds against floods. 0 means none where the form says so."""
+
+    message_size: Size = Field(LIMITS.message_size_octets, description="Content of one message; announced as SIZE.")
+    recipients_per_message: Count = Field(
+        LIMITS.recipients_per_message, description="Recipients of one transaction; RFC 5321 asks for 100 at least."
+    )
+    sessions: Count = Field(LIMITS.sessions, description="Sessions at once, all workers together.")
+    sessions_per_client: Count = Field(LIMITS.sessions_per_client, description="Sessions at once from one address.")
+    sessions_per_minute_per_client: Count = Field(
+        LIMITS.sessions_per_minute_per_client, description="New sessions in a minute from one address."
+    )
+    errors_per_session: Count = Field(
+        LIMITS.errors_per_session, description="Refused commands after which a session is closed."
+    )
+    messages_per_hour_per_mailbox: Count = Field(
+        LIMITS.messages_per_hour_per_mailbox, description="Messages in an hour to one local mailbox: mail bombs."
+    )
+    content_line: Annotated[Bound, Field(ge=998, le=1 << 20)] = Field(
+        LIMITS.content_line_octets, description="One line of content, without CRLF. From 998 B to 1 MiB."
+    )
+    header_section: Annotated[Bound, Field(ge=1 << 10, le=16 << 20)] = Field(
+        LIMITS.header_section_octets, description="The header section of a message. From 1 KiB to 16 MiB."
+    )
+    memory: Annotated[Bound, Field(ge=1 << 20, le=1 << 40)] = Field(
+        LIMITS.memory_octets,
+        description="Content that one worker holds in memory, all sessions together; the rest waits in temporary "
+        "files below data. At least 1 MiB.",
+    )
+
+
+class Timeout(Table):
+    """How long the gate waits for a client. Shorter than RFC 5321 §4.5.3.2 asks only where sessions are scarce."""
+
+    command: Wait = Field(TIMEOUTS.command_s, description="For the next command.")
+    content_block: Wait = Field(TIMEOUTS.content_block_s, description="For the next octets of content.")
+    content_total: Wait = Field(TIMEOUTS.content_total_s, description="For all the content of one message.")
+    proxy_header: Wait = Field(TIMEOUTS.proxy_header_s, description="For the PROXY header.")
+    tls_handshake: Wait = Field(TIMEOUTS.tls_handshake_s, description="For the TLS handshake.")
+    busy: Wait = Field(TIMEOUTS.busy_s, description="For the next command while sessions are scarce.")
+
+
+class Console(Table):
+    """Metrics and health for monitoring, from a process of its own."""
+
+    address: HostPort = Field(("127.0.0.1", 8025), description="Where it listens. It asks for no login.")
+
+
+class Store(Table):
+    """Where records are kept. This version keeps none."""
+
+    url: Secret | None = Field(None, description="Has no effect in this version.")
+
+
+class Counters(Table):
+    """Where rates are counted. Default: in this gate's own memory."""
+
+    url: Annotated[
+        Any,
+        PlainValidator(
+            _absent(
+                "this version shares no counters, so that each machine would let the full rates through; remove the key"
+            )
+        ),
+    ] = Field(None, description="Refused: this version counts rates for one machine only and shares them with none.")
+
+
+SECTIONS: dict[str, type[Table]] = {
+    "gate": Gate,
+    "tls": Tls,
+    "domains": Domains,
+    "auth": Auth,
+    "limits": Limit,
+    "timeouts": Timeout,
+    "console": Console,
+    "store": Store,
+    "counters": Counters,
+}
+"""[table]: one each."""
+
+ENTRIES: dict[str, type[Table]] = {"listen": Listen, "route": Route, "trust": Trust, "deny": Deny}
+"""[[table]]: any number, in order."""
+
+NAMED: dict[str, type[Table]] = {"backend": Backend}
+"""[table.NAME]: any number."""
+
+WHO_KEYS = {
+    "trust": ("network", "host", "listen", "accounts", "certificate", "pop3"),
+    "deny": ("network", "host", "helo", "reverse_path", "forward_path"),
+}
+"""Exactly one of these stands in each entry."""
+
+SECRET_KEYS = frozenset({"auth", "url", "password", "secret", "token"})
+"""Keys whose values no message may show."""

@@ -1,0 +1,465 @@
+"""From judged tables to the values that each package takes.
+
+Why: here tables meet: names that refer to each other, keys that ask for what this version cannot do, and grants that
+    together make an open relay.
+Trust: an administrator's file, each table of it valid by itself.
+Promise: a key that has no effect is never silently ignored.  Where its absence would let more mail through, or lose
+    mail, that is a problem; where it only refuses more, a warning.  A file that relays for strangers does not load.
+Sources: RFC 5321 §4.5.1 (postmaster); RFC 8996 (old TLS); RFC 6890 (special addresses); RFC 6761, RFC 8375 (names).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from difflib import get_close_matches
+from ipaddress import ip_address
+from pathlib import Path
+from typing import cast
+
+from gatepost.backend.settings import BackendAddress, BackendSettings, EmbeddedMailboxes, LmtpSocket, SmtpAddress
+from gatepost.config import exposure, schema
+from gatepost.config.document import Document
+from gatepost.config.places import Path as Place
+from gatepost.config.values import address_text, domain
+from gatepost.facts import IPAddress, client_address
+from gatepost.gate.settings import GateSettings, Limits, ListenSettings, Timeouts, TlsSettings
+from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Route, TrustEntry
+from gatepost.smtp.path import Pattern
+
+_DEFAULT_AUTH = {"mx": "off", "submission": "required", "inside": "offered"}
+
+
+def build(document: Document, now: float) -> GateSettings:
+    """The gate's settings.  Problems and warnings go to the document; the value counts only if there are none.
+
+    Args:
+        now: seconds since the epoch, for entries that have expired.
+    """
+    gate = cast("schema.Gate", document.tables["gate"])
+    limits = cast("schema.Limit", document.tables["limits"])
+    name = gate.name or _own_name(document)
+    data = _path(document.path, gate.data) if gate.data else _default_data(document.path)
+    listens = _listens(document)
+    workers = gate.workers or len(os.sched_getaffinity(0))
+    backends = _backends(document, listens, name, data, workers)
+    rules = _rules(document, limits.recipients_per_message, now)
+    _refuse_lost_references(document)
+    _warn_of_absent_parts(document, listens)
+    _refuse_open_relay(document, listens, rules, name, now)
+    return GateSettings(
+        name=name,
+        data=data,
+        workers=workers,
+        listens=listens,
+        rules=rules,
+        backends=backends,
+        limits=Limits(
+            message_size_octets=limits.message_size,
+            recipients_per_message=limits.recipients_per_message,
+            sessions=limits.sessions,
+            sessions_per_client=limits.sessions_per_client,
+            sessions_per_minute_per_client=limits.sessions_per_minute_per_client,
+            errors_per_session=limits.errors_per_session,
+            messages_per_hour_per_mailbox=limits.messages_per_hour_per_mailbox,
+            content_line_octets=limits.content_line,
+            header_section_octets=limits.header_section,
+            memory_octets=limits.memory,
+            message_memory_octets=min(schema.LIMITS.message_memory_octets, limits.memory),
+        ),
+        timeouts=_timeouts(document),
+        tls=_tls(document),
+        own_addresses=_own_addresses(listens),
+    )
+
+
+def console_address(document: Document) -> tuple[str, int]:
+    """Where the console listens; warned of where others can reach it."""
+    host, port = cast("schema.Console", document.tables["console"]).address
+    if not ip_address(host).is_loopback:
+        document.warning(
+            ("console", "address"),
+            "the console asks for no login, whoever reaches this address reads it; let a firewall keep strangers out",
+            value=address_text(host, port),
+        )
+    for index, listen in document.entries["listen"]:
+        if port and (host, port) in listen.address:
+            document.problem(
+                ("console", "address"),
+                f"the listener at {document.places.at(('listen', index))} has this address; choose another port",
+                value=address_text(host, port),
+            )
+    return host, port
+
+
+# --- The gate itself --------------------------------------------------------------------------------------------------
+
+
+def _path(config_path: str, written: str) -> str:
+    """A relative path counts from the directory of the configuration."""
+    return str(Path(config_path).absolute().parent / written)
+
+
+def _default_data(config_path: str) -> str:
+    directory = Path(config_path).absolute().parent
+    return "/var/lib/gatepost" if directory.is_relative_to("/etc") else str(directory / "gatepost-data")
+
+
+def _own_name(document: Document) -> str:
+    """The host's own full name."""
+    name = socket.gethostname()
+    if "." not in name:
+        name = socket.getfqdn(name)
+    try:
+        name = domain(name)
+    except ValueError:
+        name = "localhost"
+    if "." not in name:
+        document.warning(
+            ("gate", "name"),
+            f'the name is not set, and this host knows no full name of its own, so the gate calls itself "{name}"; '
+            'write name = "mx.example.com" in [gate]',
+        )
+    return name
+
+
+# --- Listeners --------------------------------------------------------------------------------------------------------
+
+
+def _listens(document: Document) -> tuple[ListenSettings, ...]:
+    if "listen" not in document.written:
+        document.problem((), 'no [[listen]] table: nothing would listen; write [[listen]] and address = "0.0.0.0:25"')
+    names: dict[str, str] = {}
+    addresses: dict[tuple[str, int], str] = {}
+    out = []
+    for index, listen in document.entries["listen"]:
+        path = ("listen", index)
+        where = document.places.at(path)
+        name = listen.name or listen.role
+        if name in names:
+            document.problem(
+                (*path, "name"), f"the listener at {names[name]} has this name, too; give each its own", value=name
+            )
+        names.setdefault(name, where)
+        for number, address in enumerate(listen.address):
+            if address[1] and address in addresses:
+                document.problem(
+                    (*path, "address", number),
+                    f"{addresses[address]} listens there, too; keep one",
+                    value=address_text(*address),
+                )
+            addresses.setdefault(address, where)
+        if listen.role == "submission" and listen.auth not in (None, "required"):
+            document.problem(
+                (*path, "auth"),
+                'a submission listener requires AUTH; remove the key, or write role = "inside"',
+                value=listen.auth,
+            )
+        out.append(
+            ListenSettings(
+                name=name,
+                addresses=tuple(listen.address),
+                where=where,
+                role=listen.role,
+                tls=listen.tls,
+                proxy_from=tuple(map(str, listen.proxy_from)),
+                auth=listen.auth or _DEFAULT_AUTH[listen.role],
+                auth_without_tls=listen.auth_without_tls,
+                bare_newlines=listen.bare_newlines,
+            )
+        )
+    return tuple(out)
+
+
+def _tls(document: Document) -> TlsSettings:
+    tls = cast("schema.Tls", document.tables["tls"])
+    if tls.key and not tls.certificate:
+        document.problem(("tls", "key"), "there is a key but no certificate; write certificate, too", value=tls.key)
+    if tls.minimum in ("1.0", "1.1"):
+        document.warning(
+            ("tls", "minimum"),
+            'TLS 1.0 and 1.1 are broken (RFC 8996); write "1.2" unless a client you know needs them',
+            value=tls.minimum,
+        )
+    certificate = _path(document.path, tls.certificate) if tls.certificate else ""
+    key = _path(document.path, tls.key) if tls.key else certificate
+    return TlsSettings(certificate=certificate, key=key, minimum=tls.minimum)
+
+
+def _timeouts(document: Document) -> Timeouts:
+    timeouts = cast("schema.Timeout", document.tables["timeouts"])
+    return Timeouts(
+        command_s=timeouts.command,
+        content_block_s=timeouts.content_block,
+        content_total_s=timeouts.content_total,
+        proxy_header_s=timeouts.proxy_header,
+        tls_handshake_s=timeouts.tls_handshake,
+        busy_s=timeouts.busy,
+    )
+
+
+def _own_addresses(listens: Iterable[ListenSettings]) -> tuple[IPAddress, ...]:
+    found: dict[IPAddress, None] = {}
+    for listen in listens:
+        for host, _ in listen.addresses:
+            address = client_address(host)
+            if not address.is_unspecified:
+                found[address] = None
+    return tuple(found)
+
+
+# --- Backends ---------------------------------------------------------------------------------------------------------
+
+
+def _backends(
+    document: Document, listens: tuple[ListenSettings, ...], hello: str, data: str, workers: int
+) -> tuple[BackendSettings, ...]:
+    if not document.names["backend"] and "backend" not in document.written:
+        document.problem(
+            (), 'no [backend.NAME] table: mail would go nowhere; write [backend.mail] and address = "host:25"'
+        )
+    own = {address: listen.where for listen in listens for address in listen.addresses if address[1]}
+    out = []
+    for name, backend in document.named["backend"].items():
+        path = ("backend", name)
+        addresses = tuple(_placed(document.path, address, data) for address in backend.address)
+        kinds = {type(address) for address in addresses}
+        if EmbeddedMailboxes in kinds and len(addresses) > 1:
+            document.problem((*path, "address"), "the embedded mailbox stands alone; make it a backend of its own")
+        if SmtpAddress not in kinds and backend.tls == "required":
+            document.problem(
+                (*path, "tls"), "there is no TLS on a Unix socket or in a directory; remove the key", value=backend.tls
+            )
+        for number, address in enumerate(addresses):
+            listener = _own_listener(address, own)
+            if listener:
+                document.problem(
+                    (*path, "address", number),
+                    f"this is the gate's own listener ({listener}), mail would go in circles; name the mail server",
+                    value=address_text(*address[:2]) if isinstance(address, SmtpAddress) else None,
+                )
+        out.append(
+            BackendSettings(
+                name=name,
+                addresses=addresses,
+                where=document.places.at(path),
+                tls=backend.tls if SmtpAddress in kinds else "off",
+                connections=max(1, backend.connections // workers),
+                hello=hello,
+                connect_timeout_s=backend.connect_timeout,
+            )
+        )
+    return tuple(out)
+
+
+def _placed(config_path: str, address: BackendAddress, data: str) -> BackendAddress:
+    if isinstance(address, EmbeddedMailboxes):
+        directory = _path(config_path, address.directory) if address.directory else str(Path(data) / "mail")
+        return EmbeddedMailboxes(directory)
+    return address
+
+
+def _own_listener(address: BackendAddress, own: dict[tuple[str, int], str]) -> str:
+    """Where the listener stands that this backend address leads to, "" for none."""
+    if isinstance(address, LmtpSocket | EmbeddedMailboxes):
+        return ""
+    hosts = [address.host]
+    if address.host == "localhost":
+        hosts = ["127.0.0.1", "::1"]
+    for host in hosts:
+        candidates = [host]
+        if host.startswith("127.") or host == "::1":
+            candidates.append("::" if ":" in host else "0.0.0.0")
+        for candidate in candidates:
+            if (candidate, address.port) in own:
+                return own[candidate, address.port]
+    return ""
+
+
+def _routes(document: Document) -> tuple[Route, ...]:
+    names = document.names["backend"]
+    catch_all = ""
+    used = set(names[:1])
+    out = []
+    for index, route in document.entries["route"]:
+        path = ("route", index)
+        where = document.places.at(path)
+        used.add(route.backend)
+        if catch_all:
+            document.warning(path, f'this route is never reached: "*" at {catch_all} takes everything before it')
+        patterns = tuple(pattern for pattern in route.forward_paths if isinstance(pattern, Pattern))
+        if any(str(pattern) == "*" for pattern in patterns):
+            catch_all = catch_all or where
+        out.append(Route(where, route.backend, patterns, local="local" in route.forward_paths))
+    for name in names:
+        if name not in used:
+            document.warning(("backend", name), "no [[route]] leads to this backend, and it is not the first one")
+    return tuple(out)
+
+
+# --- Relay rules ------------------------------------------------------------------------------------------------------
+
+
+def _rules(document: Document, recipients_max: int, now: float) -> RelayRules:
+    backends = document.names["backend"]
+    local = _local(document)
+    return RelayRules(
+        local=local,
+        trust=_trust(document, now),
+        deny=_deny(document, now),
+        routes=_routes(document),
+        recipients_max=recipients_max,
+        default_backend=backends[0] if backends else "",
+        postmaster_domain=next((entry.pattern for entry in local if entry.pattern[0] not in "*["), ""),
+    )
+
+
+def _local(document: Document) -> tuple[LocalPattern, ...]:
+    seen: dict[str, str] = {}
+    out = []
+    for index, pattern in enumerate(cast("schema.Domains", document.tables["domains"]).local):
+        path = ("domains", "local", index)
+        where = document.places.at(path)
+        if pattern in seen:
+            document.warning(path, f"this domain stands at {seen[pattern]}, too", value=pattern)
+        seen.setdefault(pattern, where)
+        out.append(LocalPattern(pattern, where))
+    if not out and "domains" not in document.written:
+        document.warning(
+            (), 'no [domains] table: the gate takes mail from trusted clients only; write local = ["example.com"]'
+        )
+    return tuple(out)
+
+
+def _trust(document: Document, now: float) -> tuple[TrustEntry, ...]:
+    tls = cast("schema.Tls", document.tables["tls"])
+    out = []
+    for index, trust in document.entries["trust"]:
+        path = ("trust", index)
+        for key in ("accounts", "certificate", "pop3"):
+            if getattr(trust, key) is not None:
+                document.warning(
+                    (*path, key), "this version verifies nobody in this way, so the entry matches no client"
+                )
+        if trust.tls_minimum is not None and trust.tls_minimum < tls.minimum:
+            document.warning(
+                (*path, "tls_minimum"),
+                f'this version speaks nothing below [tls] minimum, "{tls.minimum}", with anybody; remove the key',
+                value=trust.tls_minimum,
+            )
+        _warn_of_expiry(document, path, trust.expires, now)
+        out.append(
+            TrustEntry(
+                where=document.places.at(path),
+                why=trust.why,
+                owner=trust.owner,
+                network=trust.network,
+                host=trust.host or "",
+                listen=trust.listen or "",
+                accounts=tuple(trust.accounts or ()),
+                certificate=trust.certificate or "",
+                pop3_s=trust.pop3 or 0.0,
+                expires_at=trust.expires,
+                reverse_paths=tuple(trust.reverse_paths or ()),
+                forward_paths=tuple(trust.forward_paths or ()),
+                messages_per_hour=trust.messages_per_hour,
+                recipients_per_hour=trust.recipients_per_hour,
+                tls_minimum=trust.tls_minimum or "",
+                bare_newlines=trust.bare_newlines,
+            )
+        )
+    return tuple(out)
+
+
+def _deny(document: Document, now: float) -> tuple[DenyEntry, ...]:
+    out = []
+    for index, deny in document.entries["deny"]:
+        path = ("deny", index)
+        _warn_of_expiry(document, path, deny.expires, now)
+        out.append(
+            DenyEntry(
+                where=document.places.at(path),
+                why=deny.why,
+                network=deny.network,
+                host=deny.host or "",
+                helo=deny.helo or "",
+                reverse_path=deny.reverse_path,
+                forward_path=deny.forward_path,
+                reply=deny.reply,
+                expires_at=deny.expires,
+            )
+        )
+    return tuple(out)
+
+
+def _warn_of_expiry(document: Document, path: tuple[str, int], expires_at: float | None, now: float) -> None:
+    if expires_at is not None and expires_at <= now:
+        document.warning((*path, "expires"), "this entry has expired and matches nobody; renew or remove it")
+
+
+# --- What must not be silent ------------------------------------------------------------------------------------------
+
+
+def _refuse_lost_references(document: Document) -> None:
+    """Names that no table has; judged on what is written, so that one bad table does not make others look lost."""
+    backends = document.names["backend"]
+    listens = [str(listen.get("name", listen.get("role", "mx"))) for listen in document.written_entries("listen")]
+    for table, key, names, what in (
+        ("route", "backend", backends, "a [backend.NAME] table"),
+        ("trust", "listen", listens, "a [[listen]] table"),
+    ):
+        for index, entry in enumerate(document.written_entries(table)):
+            name = entry.get(key)
+            if isinstance(name, str) and name not in names:
+                near = get_close_matches(name, names, n=1)
+                mend = f'did you mean "{near[0]}"?' if near else f"write the name of {what}"
+                document.problem((table, index, key), f"nothing has this name; {mend}", value=name)
+
+
+def _warn_of_absent_parts(document: Document, listens: tuple[ListenSettings, ...]) -> None:
+    if "auth" in document.written:
+        document.warning(("auth",), "this version verifies no login; the table has no effect, and AUTH is not offered")
+    for (index, written), listen in zip(document.entries["listen"], listens, strict=True):
+        if listen.auth == "required":
+            key: Place = ("listen", index, "role" if written.auth is None else "auth")
+            document.warning(key, "this version verifies no login, so a listener that requires AUTH refuses all mail")
+        elif written.auth == "offered":
+            document.warning(("listen", index, "auth"), "this version verifies no login, so AUTH is not offered")
+    if cast("schema.Store", document.tables["store"]).url is not None:
+        document.warning(("store", "url"), "this version keeps no records; the key has no effect")
+
+
+def _refuse_open_relay(
+    document: Document, listens: tuple[ListenSettings, ...], rules: RelayRules, name: str, now: float
+) -> None:
+    """Refuse a file that lets strangers relay, unless it says in so many words that it means to."""
+    gate = cast("schema.Gate", document.tables["gate"])
+    meant = gate.open_relay == name
+    if gate.open_relay is not None and not meant:
+        document.problem(
+            ("gate", "open_relay"),
+            f'an open relay is confirmed with this gate\'s own name; write "{name}", or better remove the key',
+            value=gate.open_relay,
+        )
+    openings = exposure.openings(rules, listens, gate.public_trust, now)
+    for rule, index, sentence in openings:
+        path = _rule_path(document, rule, index)
+        if meant:
+            document.warning(path, f"OPEN RELAY, as [gate] open_relay wishes: {sentence}")
+        else:
+            document.problem(path, f"this would be an open relay: {sentence}")
+    for rule, index, sentence in exposure.doubts(rules, listens):
+        document.warning(_rule_path(document, rule, index), sentence)
+    if meant and not openings:
+        document.warning(("gate", "open_relay"), "nothing here is an open relay; remove the key")
+
+
+def _rule_path(document: Document, rule: str, index: int) -> Place:
+    """Where a rule stands in the file; entries that are not valid by themselves have made no rule."""
+    return ("domains", "local", index) if rule == "local" else ("trust", document.entries["trust"][index][0], rule)
+
+
+def user(document: Document) -> str:
+    """The user to run as, "" for none."""
+    return cast("schema.Gate", document.tables["gate"]).user
