@@ -212,6 +212,12 @@ Command = (
     Hello | Mail | Rcpt | Data | Bdat | Rset | Noop | Help | Vrfy | Expn | StartTls | Auth | Quit | Foreign
 )  # fmt: skip
 
+_DATA: Final = Data()
+_RSET: Final = Rset()
+_NOOP: Final = Noop()
+_STARTTLS: Final = StartTls()
+_QUIT: Final = Quit()
+
 _TOO_LONG = Reply(500, "Line too long", "5.5.2")
 _UNKNOWN = Reply(500, "Command not recognized", "5.5.1")
 _NOT_OFFERED = Reply(502, "Command not implemented", "5.5.1")
@@ -225,13 +231,14 @@ _BAD_BDAT = Reply(501, "Syntax: BDAT size-in-octets [LAST]", "5.5.4")
 _BAD_AUTH = Reply(501, "Syntax: AUTH mechanism [initial-response]", "5.5.4")
 
 
-def parse_command(line: bytes, offered: frozenset[str], *, smtputf8: bool = False) -> Command | Reply:
+def parse_command(line: bytes, offered: frozenset[str], *, smtputf8: bool | None = None) -> Command | Reply:
     """What one line asks for.
 
     Args:
         line: hostile; without CRLF.
         offered: the EHLO keywords that this session offers to this client at this moment; "EXPN" and "LHLO" likewise.
-        smtputf8: the MAIL of the open transaction carried SMTPUTF8: a forward-path may hold UTF-8.  RFC 6531 §3.4.
+        smtputf8: whether the MAIL of the open transaction carried SMTPUTF8, so that a forward-path may hold UTF-8
+            (RFC 6531 §3.4).  None: wherever SMTPUTF8 is offered; the caller then looks at the transaction itself.
 
     Returns:
         The command, or the reply that refuses the line.
@@ -242,7 +249,7 @@ def parse_command(line: bytes, offered: frozenset[str], *, smtputf8: bool = Fals
         return _TOO_LONG
     if parse is None:
         return _UNKNOWN
-    return parse(argument, offered, smtputf8)
+    return parse(argument, offered, "SMTPUTF8" in offered if smtputf8 is None else smtputf8)
 
 
 def _ehlo(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
@@ -307,7 +314,7 @@ def _rcpt(argument: bytes, offered: frozenset[str], smtputf8: bool) -> Command |
 
 
 def _data(argument: bytes, _offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
-    return _NO_ARGUMENT if argument.strip(b" ") else Data()
+    return _NO_ARGUMENT if argument.strip(b" ") else _DATA
 
 
 def _bdat(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
@@ -318,11 +325,11 @@ def _bdat(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command 
 
 
 def _rset(argument: bytes, _offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
-    return _NO_ARGUMENT if argument.strip(b" ") else Rset()
+    return _NO_ARGUMENT if argument.strip(b" ") else _RSET
 
 
 def _noop(argument: bytes, _offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
-    return _BAD_ARGUMENT if _text(argument, utf8=True) is None else Noop()  # RFC 5321 §4.1.1.9: the string is ignored
+    return _BAD_ARGUMENT if _text(argument, utf8=True) is None else _NOOP  # RFC 5321 §4.1.1.9: the string is ignored
 
 
 def _help(argument: bytes, _offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
@@ -349,7 +356,7 @@ def _expn(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command 
 def _starttls(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
     if "STARTTLS" not in offered:
         return _NOT_OFFERED
-    return _NO_ARGUMENT if argument.strip(b" ") else StartTls()  # RFC 3207 §4
+    return _NO_ARGUMENT if argument.strip(b" ") else _STARTTLS  # RFC 3207 §4
 
 
 def _auth(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
@@ -363,7 +370,7 @@ def _auth(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command 
 
 
 def _quit(argument: bytes, _offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
-    return _NO_ARGUMENT if argument.strip(b" ") else Quit()
+    return _NO_ARGUMENT if argument.strip(b" ") else _QUIT
 
 
 def _not_offered(_argument: bytes, _offered: frozenset[str], _smtputf8: bool) -> Command | Reply:

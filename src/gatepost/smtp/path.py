@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from enum import Enum, unique
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple, NoReturn
@@ -49,6 +50,7 @@ _UNBRACKETED = re.compile(rb' *([^<>"\\,;:()\x00-\x20\x7f]+)(?: +(.*))?', re.DOT
 _ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-"  # RFC 5322 §3.2.3
 _UTF8 = r"\xa0-\U0010ffff"  # UTF8-non-ascii of RFC 6531 §3.3, without the C1 controls
 _DOT_STRING = re.compile(rf"[{_ATEXT}{_UTF8}]+(?:\.[{_ATEXT}{_UTF8}]+)*")
+_CANONICAL = re.compile(rf"[{_ATEXT}{_UTF8}]+(?:\.[{_ATEXT}{_UTF8}]+)*@[a-z0-9._-]+")
 _QUOTED_STRING = re.compile(rf'"((?:[\x20\x21\x23-\x5b\x5d-\x7e{_UTF8}]|\\[\x20-\x7e])*)"')
 _QUOTED_PAIR = re.compile(r"\\(.)")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -117,13 +119,20 @@ class Mailbox(NamedTuple):
         Raises:
             ValueError: when the value was built by hand from text that has no form on the wire.
         """
+        text = f"{self.local_part}@{self.domain}"
+        return (text if _CANONICAL.fullmatch(text) else self._quoted()).encode()
+
+    def _quoted(self) -> str:
+        """The canonical form where the local-part needs quotes or the domain is a literal; both are looked at again."""
         local_part = self.local_part
+        if not local_part or _NEVER.search(local_part):
+            raise ValueError(f"{local_part!a} cannot be a local-part")
+        if isinstance(self.domain, str) and parse_domain(self.domain) != self.domain:
+            raise ValueError(f"{self.domain!a} is not a canonical domain")
         if _DOT_STRING.fullmatch(local_part) is None:
-            # RFC 5321 §4.1.2: as few quotes and quoted-pairs as the text allows.
-            if not local_part or _NEVER.search(local_part):
-                raise ValueError(f"{local_part!r} cannot be a local-part")
+            # RFC 5321 §4.1.2: no more quotes and quoted-pairs than the text needs.
             local_part = '"' + local_part.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        return f"{local_part}@{self.domain}".encode()
+        return f"{local_part}@{self.domain}"
 
     def __str__(self) -> str:
         return self.octets.decode()
@@ -201,7 +210,7 @@ def split_path(argument: bytes) -> tuple[bytes, bytes] | PathDefect:
     if match is not None:
         return match[1], match[2].strip(b" ") if match[2] else b""
     match = _UNBRACKETED.fullmatch(argument)
-    if match is not None:
+    if match is not None and b" <" not in argument:  # "Alice <a@b>" is a header field's form
         return b"<" + match[1] + b">", match[2].strip(b" ") if match[2] else b""
     return PathDefect(Reply(501, 'Syntax error: one address between "<" and ">", then parameters', "5.5.4"))
 
@@ -285,6 +294,26 @@ def parse_domain(text: str) -> Domain:
     return domain
 
 
+def parse_address_literal(text: str) -> AddressLiteral:
+    """[192.0.2.1] or [IPv6:2001:db8::1]; no other tag, no decimal or shortened IPv4 address, no zone.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong.
+    """
+    if not (text.startswith("[") and text.endswith("]")):
+        raise _Wrong("the address literal does not end" if text.startswith("[") else "an address literal begins with [")
+    inner = text[1:-1]
+    tag = _IPV6_TAG.match(inner)
+    try:
+        if tag is None:
+            return AddressLiteral(IPv4Address(inner))
+        if "%" not in inner:
+            return AddressLiteral(IPv6Address(inner[tag.end() :]))
+    except ValueError:
+        pass
+    raise _Wrong("an address literal is [IPv4 address] or [IPv6:address]")
+
+
 def _no_domain(status: str) -> PathDefect:
     return PathDefect(Reply(553, "The address needs a domain", status))
 
@@ -352,20 +381,7 @@ def _split_mailbox(text: str) -> tuple[str, str | None]:
 
 
 def _domain_or_literal(text: str) -> Domain | AddressLiteral:
-    if not text.startswith("["):
-        return parse_domain(text)
-    if not text.endswith("]"):
-        raise _Wrong("the address literal does not end")
-    inner = text[1:-1]
-    tag = _IPV6_TAG.match(inner)
-    try:
-        if tag is None:
-            return AddressLiteral(IPv4Address(inner))
-        if "%" in inner:
-            _refuse("an address literal has no zone")
-        return AddressLiteral(IPv6Address(inner[tag.end() :]))
-    except ValueError:
-        raise _Wrong("an address literal is [IPv4 address] or [IPv6:address]") from None
+    return parse_address_literal(text) if text.startswith("[") else parse_domain(text)
 
 
 def _label(label: str) -> str:
@@ -389,9 +405,11 @@ def _label(label: str) -> str:
 
 def _u_label(label: str) -> str:
     try:
-        return idna.alabel(label).decode("ascii")
+        if len(label) <= LABEL_OCTETS_MAX:  # bounds the work of Punycode
+            return idna.alabel(label).decode("ascii")
     except ValueError:  # idna.IDNAError is one
-        raise _Wrong(f"{label[:64]!a} is not a label of IDNA 2008, which knows no upper case") from None
+        pass
+    raise _Wrong(f"{label[:64]!a} is not a label of IDNA 2008, which knows no upper case")
 
 
 # --- Shape ------------------------------------------------------------------------------------------------------------
@@ -471,7 +489,7 @@ class Pattern(NamedTuple):
     null reverse-path and bare postmaster included; these two are otherwise matched by "<>" and "postmaster" alone.
 
     Attributes:
-        text: canonical form.
+        text: canonical form; two patterns of the same text match the same paths, see ``pattern_texts``.
         special: the one value without a domain that is meant, if any.
         local_part: folded to lower case; None for any.
         domain: None for any.
@@ -517,9 +535,11 @@ class Pattern(NamedTuple):
             if "*" in domain_text:
                 raise _Wrong(f'"{text}": in a domain "*" stands only at its beginning, as in "*.example.com"')
             domain = _domain_or_literal(domain_text)
-        left = "*" if local_part is None else Mailbox(local_part, "x").octets.decode().removesuffix("@x")
+        if isinstance(domain, AddressLiteral):
+            domain = _unmapped(domain)
+        local_part = None if local_part is None else _fold(local_part)
         right = "*" if domain is None else f"*.{domain}" if below else str(domain)
-        return cls(f"{left}@{right}", None, None if local_part is None else _fold(local_part), domain, below)
+        return cls(f"{_left(local_part)}@{right}", None, local_part, domain, below)
 
     def matches(self, path: ReversePath | ForwardPath | Mailbox | Postmaster) -> bool:
         """Whether the pattern means this path."""
@@ -540,10 +560,40 @@ class Pattern(NamedTuple):
             if not isinstance(path.domain, str):
                 return False
             return path.domain.endswith("." + domain) if self.below else path.domain == domain
-        return isinstance(path.domain, AddressLiteral) and _unmapped(domain) == _unmapped(path.domain)
+        return isinstance(path.domain, AddressLiteral) and domain == _unmapped(path.domain)
 
     def __str__(self) -> str:
         return self.text
+
+
+def pattern_texts(path: ReversePath | ForwardPath | Mailbox | Postmaster) -> Iterator[str]:
+    """The canonical text of every pattern that matches the path, for lookup among many patterns."""
+    if isinstance(path, ForwardPath):
+        path = path.mailbox
+    yield "*"
+    if not isinstance(path, Mailbox):
+        yield str(path)
+        return
+    if isinstance(path.domain, AddressLiteral):
+        rights = [str(_unmapped(path.domain))]
+    else:
+        rights = [path.domain]
+        _, dot, parent = path.domain.partition(".")
+        while dot:
+            rights.append("*." + parent)
+            _, dot, parent = parent.partition(".")
+    left = _left(_fold(path.local_part))
+    yield left + "@*"
+    for right in rights:
+        yield f"{left}@{right}"
+        yield f"*@{right}"
+
+
+def _left(local_part: str | None) -> str:
+    """The part before the "@" of a pattern: quoted as in a path, so that a quoted "*" is not a wildcard."""
+    if local_part is None:
+        return "*"
+    return '"*"' if local_part == "*" else Mailbox(local_part, "x").octets.decode().removesuffix("@x")
 
 
 def _fold(local_part: str) -> str:
@@ -553,6 +603,9 @@ def _fold(local_part: str) -> str:
     return "".join(c if not c.isascii() and c.lower().isascii() else c.lower() for c in local_part)
 
 
-def _unmapped(literal: AddressLiteral) -> IPv4Address | IPv6Address:
+def _unmapped(literal: AddressLiteral) -> AddressLiteral:
+    """[IPv6:::ffff:192.0.2.1] names the same host as [192.0.2.1]."""
     address = literal.address
-    return address if isinstance(address, IPv4Address) else address.ipv4_mapped or address
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return AddressLiteral(address.ipv4_mapped)
+    return literal
