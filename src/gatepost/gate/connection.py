@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from enum import Enum, unique
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
     from gatepost.gate.server import Listener
@@ -33,12 +32,36 @@ class Ended(Enum):
     DRAINED = "draining"
 
 
+class Reader(Protocol):
+    """Whoever takes the octets of a connection."""
+
+    @property
+    def unread_octets(self) -> int:
+        """Received and not yet taken."""
+        ...
+
+    def receive(self, octets: bytes) -> None:
+        """Take what the peer sent."""
+        ...
+
+
+class _Nobody:
+    """Before anybody reads, and after."""
+
+    unread_octets = 0
+
+    def receive(self, octets: bytes) -> None:
+        """Drop it."""
+
+
+_NOBODY = _Nobody()
+
+
 class Connection(asyncio.Protocol):
     """One accepted TCP connection.
 
     Attributes:
-        receive: where octets go: the preamble's or the engine's ``receive``.
-        unread_octets: how many octets that receiver holds unread.
+        reader: where octets go: the parser of a PROXY header, then the engine.
         ended: set once; the conversation finds it at its next wait.
         since: loop time at which the present wait for progress began; in_content: the block timeout applies.
     """
@@ -54,11 +77,10 @@ class Connection(asyncio.Protocol):
         "content_since",
         "ended",
         "in_content",
-        "receive",
+        "reader",
         "since",
         "task",
         "transport",
-        "unread_octets",
     )
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -69,8 +91,7 @@ class Connection(asyncio.Protocol):
         self._fresh = False
         self._paused = False
         self._write_blocked = False
-        self.receive: Callable[[bytes], None] = _drop
-        self.unread_octets: Callable[[], int] = _none
+        self.reader: Reader = _NOBODY
         self.ended = Ended.NO
         self.since = 0.0
         self.content_since = 0.0
@@ -89,12 +110,12 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand octets to whoever reads now; stop reading when it has too many."""
-        self.receive(data)
+        self.reader.receive(data)
         if self._waiter is not None:
             self._wake()
         else:
             self._fresh = True
-            if not self._paused and self.unread_octets() > READ_HIGH_OCTETS:
+            if not self._paused and self.reader.unread_octets > READ_HIGH_OCTETS:
                 self._paused = True
                 self.transport.pause_reading()
 
@@ -150,7 +171,7 @@ class Connection(asyncio.Protocol):
 
     async def write(self, octets: bytes) -> None:
         """Send; waits while the peer does not take what was sent before."""
-        if self.ended is Ended.LOST:
+        if not octets or self.ended is Ended.LOST or self.transport.is_closing():
             return
         self.transport.write(octets)
         if self._write_blocked:
@@ -184,7 +205,7 @@ class Connection(asyncio.Protocol):
             raise ConnectionAbortedError("TLS handshake took too long") from error
         if transport is None:
             raise ConnectionAbortedError("connection lost in the TLS handshake")
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = transport
         self._paused = False
         self.since = self._loop.time()
         return str(self.transport.get_extra_info("ssl_object").version())
@@ -196,6 +217,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once."""
+        self._end(Ended.LOST)
         self.transport.abort()
 
     # ---- for the server's sweep and drain
@@ -221,11 +243,3 @@ class Connection(asyncio.Protocol):
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-
-
-def _drop(_: bytes) -> None:
-    """Receives while nobody listens."""
-
-
-def _none() -> int:
-    return 0

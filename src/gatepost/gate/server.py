@@ -24,9 +24,8 @@ from gatepost.backend import Backend, make_backend
 from gatepost.backend.content import Memory
 from gatepost.counters import HourlyCounts
 from gatepost.errors import StorageError
-from gatepost.facts import Client, IPAddress, client_address
+from gatepost.facts import Client, IPAddress, Transaction, client_address
 from gatepost.facts import Session as SessionFacts
-from gatepost.facts import Transaction
 from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.session import Session
 from gatepost.gate.settings import GateSettings, ListenSettings
@@ -37,7 +36,7 @@ from gatepost.policy.relay import NetworkTable
 from gatepost.resolver import HostFollower
 from gatepost.smtp.client import Capabilities
 from gatepost.smtp.path import ForwardPath
-from gatepost.smtp.preamble import NEED, ProxyDefect, ProxyHeader, ProxyParser
+from gatepost.smtp.preamble import ProxyDefect, ProxyHeader, ProxyParser
 from gatepost.smtp.reply import Reply
 from gatepost.telemetry import (
     BACKEND_SECONDS,
@@ -57,6 +56,8 @@ SWEEP_S = 1.0
 BUSY_SHARE = 0.8  # of the sessions allowed: beyond it silence is tolerated for a shorter time
 EHLO_SIZE_ROOM_OCTETS = 2048  # our trace field must fit below the backend's own SIZE limit
 
+_ORDER = ("PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING", "DSN", "ENHANCEDSTATUSCODES", "STARTTLS", "HELP")
+
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: a reference can be read out over the telephone
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 
@@ -64,6 +65,29 @@ _TOO_MANY_SESSIONS = Reply(421, "Too many sessions, try again later", "4.3.2").o
 _TOO_MANY_FROM_CLIENT = Reply(421, "Too many sessions from your address, try again later", "4.7.0").octets()
 _NO_PROXY = Reply(421, "The PROXY header is missing or wrong; closing", "4.3.0").octets()
 _DRAINING = Reply(421, "This server is going down, try again later", "4.3.2").octets()
+
+
+class _Preamble:
+    """Reads the PROXY header in front of a session, and keeps what came behind it."""
+
+    __slots__ = ("_parser", "outcome", "rest")
+
+    def __init__(self) -> None:
+        self._parser = ProxyParser()
+        self.outcome: ProxyHeader | ProxyDefect | None = None
+        self.rest = b""
+
+    @property
+    def unread_octets(self) -> int:
+        return len(self.rest)
+
+    def receive(self, octets: bytes) -> None:
+        if self.outcome is not None:
+            self.rest += octets
+            return
+        fed = self._parser.feed(octets)
+        if isinstance(fed, ProxyHeader | ProxyDefect):
+            self.outcome = fed
 
 
 class Listener:
@@ -83,7 +107,7 @@ class Listener:
         self.tls = tls
         self.proxies = NetworkTable()
         for text in settings.proxy_from:
-            self.proxies.add(ip_network(text), True)  # noqa: FBT003 - the value is not looked at
+            self.proxies.add(ip_network(text), True)
 
     async def open(self, sockets: list[socket.socket]) -> None:
         """Accept on these bound sockets, and on no other; one that is in service already stays so."""
@@ -120,30 +144,22 @@ class Listener:
 
     async def _after_preamble(self, connection: Connection, proxy: Client) -> None:
         """A listed proxy says first who the client is.  What it does not say is not guessed: the session ends."""
-        parser = ProxyParser()
-        outcome: ProxyHeader | ProxyDefect | None = None
-
-        def receive(octets: bytes) -> None:
-            nonlocal outcome
-            fed = parser.feed(octets)
-            outcome = None if fed is NEED else fed
-            if outcome is not None:
-                connection.hold_reading()
-
-        connection.receive = receive
+        connection.reader = preamble = _Preamble()
         try:
             async with asyncio.timeout(self.server.settings.timeouts.proxy_header_s):
-                while outcome is None and await connection.more():
+                while preamble.outcome is None and await connection.more():
                     pass
         except TimeoutError:
             pass
-        if not isinstance(outcome, ProxyHeader):
+        outcome = preamble.outcome
+        if not isinstance(outcome, ProxyHeader) or (outcome.address is None and outcome.relayed):
+            # A client whose address is lost must not inherit what the proxy itself may do.
             self.server.metrics.reply("proxy", "proxy")
             await connection.write(_NO_PROXY)
             connection.close()
             return
         client = proxy if outcome.address is None else Client(outcome.address, outcome.port)
-        self.begin(connection, client, outcome.rest)
+        self.begin(connection, client, outcome.rest + preamble.rest)
 
     def begin(self, connection: Connection, client: Client, octets: bytes = b"") -> None:
         """Start a session, or say 421 where there are too many."""
@@ -250,9 +266,7 @@ class Server:
         log: where the sessions' lines go.
     """
 
-    def __init__(
-        self, *, worker: int, workers: int, metrics: Metrics, log: SessionLog, occupancy: Occupancy
-    ) -> None:
+    def __init__(self, *, worker: int, workers: int, metrics: Metrics, log: SessionLog, occupancy: Occupancy) -> None:
         self.worker = worker
         self.workers = workers
         self.loop = asyncio.get_running_loop()
@@ -319,7 +333,7 @@ class Server:
         return {
             table.name: self.backends[table.name]
             if table.name in self.backends and self.backends[table.name].settings == table
-            else make_backend(table, local=settings.rules, observe=self._backend_changed)
+            else make_backend(table, log=self._backend_said)
             for table in settings.backends
         }
 
@@ -425,8 +439,8 @@ class Server:
         """Content could not be kept."""
         self.log.event("storage", f"{error}; the message is deferred with 452", Level.ERROR)
 
-    def _backend_changed(self, text: str, *, up: bool) -> None:
-        self.log.event("backend", text, Level.NOTE if up else Level.WARNING)
+    def _backend_said(self, text: str) -> None:
+        self.log.event("backend", text, Level.WARNING)
 
     def hosts_of(self, address: IPAddress) -> tuple[str, ...]:
         """The trusted or denied host names that this address has now."""
@@ -436,9 +450,7 @@ class Server:
     def new_reference() -> str:
         """A session's reference: 40 random bits in eight letters and digits."""
         number = int.from_bytes(os.urandom(5), "big")
-        return (
-            _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
-        )
+        return _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
 
     # ---- EHLO: only what every backend can carry is offered
 
@@ -469,7 +481,7 @@ class Server:
         own = self.settings.limits.message_size_octets
         size = min([*([own] if own else []), *(max(size, 1) for size in sizes)], default=0)
         lines = [self.settings.name]
-        lines += [f"SIZE {size}" if keyword == "SIZE" else keyword for keyword in sorted(keywords)]
+        lines += [f"SIZE {size}" if keyword == "SIZE" else keyword for keyword in _ORDER if keyword in keywords]
         return Reply(250, "\n".join(lines)), frozenset(keywords)
 
     # ---- timeouts

@@ -10,6 +10,7 @@ Sources: RFC 5321 §3 (the dialogue), §4.1.1 (commands), §4.2.5 (replies after
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -121,7 +122,7 @@ class Session:
         normalise = self.listener.settings.bare_newlines == "normalise" or any(
             entry.bare_newlines == "normalise" for entry in relay.grants(self.server.settings.rules, self.facts)
         )
-        engine = ServerEngine(
+        self.connection.reader = engine = ServerEngine(
             frozenset(),
             ContentLimits(
                 limits.message_size_octets,
@@ -131,9 +132,6 @@ class Session:
                 normalise,
             ),
         )
-        connection = self.connection
-        connection.receive = engine.receive
-        connection.unread_octets = lambda: engine.unread_octets
         return engine
 
     # ---- the loop
@@ -149,7 +147,14 @@ class Session:
                 await self._handshake(octets)
             elif octets:
                 self.engine.receive(octets)
-            if not self._closing:
+            await asyncio.sleep(0)  # one look at what came in with the connection
+            if self._closing:
+                pass
+            elif self.engine.unread_octets:  # RFC 5321 §4.3.1: the client waits for the greeting
+                self.server.metrics.reply("connect", "sequence")
+                self._close("talked before the greeting")
+                self.engine.say(_UNSYNCHRONISED)
+            else:
                 self.engine.say(self.server.greeting)
                 await self._converse()
         except Exception:
@@ -158,11 +163,12 @@ class Session:
             self.server.failed(self.facts)
             self.engine.say(_INTERNAL)
         finally:
-            self._forget_transaction()
-            if self.connection.ended is not Ended.LOST:
+            try:
+                self._forget_transaction()
                 await self.connection.write(self.engine.data_to_send())
-            self.connection.close()
-            self.server.ended(self)
+                self.connection.close()
+            finally:
+                self.server.ended(self)
 
     async def _converse(self) -> None:
         connection = self.connection
@@ -172,10 +178,8 @@ class Session:
             engine = self.engine
             event = engine.next_event()
             if event is NEED_DATA:
-                octets = engine.data_to_send()
-                if octets:
-                    await connection.write(octets)
-                    unsent_octets = 0
+                await connection.write(engine.data_to_send())
+                unsent_octets = 0
                 if self._closing:
                     return
                 if moved:
@@ -293,6 +297,9 @@ class Session:
     async def mail(self, command: Mail) -> Reply:
         """A reverse-path opens a transaction.  It confers no right.  RFC 5321 §3.3, §4.1.1.2."""
         settings = self.server.settings
+        if self.server.draining:
+            self._close("draining")
+            return _DRAINED
         size_octets = command.parameters.size_octets
         limit_octets = settings.limits.message_size_octets
         if size_octets and limit_octets and size_octets > limit_octets:  # RFC 1870 §6.1
@@ -392,7 +399,8 @@ class Session:
         content.eight_bit, content.dotted = ended.eight_bit, ended.dotted
         self._message_number += 1
         message = f"{self.facts.reference}.{self._message_number}"
-                now = int(time.time())  # noqa: TID251
+        record["message"] = message
+        now = int(time.time())  # noqa: TID251
         field = trace_field(
             self.facts,
             server.settings.name,
