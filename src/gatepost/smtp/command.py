@@ -460,12 +460,13 @@ _KEYWORD = re.compile(rb"[A-Z0-9][A-Z0-9-]*")  # RFC 5321 §4.1.2
 _SIZE = re.compile(rb"[0-9]{1,%d}" % SIZE_DIGITS_MAX)
 _XTEXT = re.compile(rb"(?:[!-*,-<>-~]|\+[0-9A-Fa-f]{2})+")  # RFC 3461 §4
 _XTEXT_PAIR = re.compile(rb"\+([0-9A-Fa-f]{2})")
-_NOT_XCHAR = re.compile(r"[^!-*,-<>-~]")
+# Both RFCs let any character be encoded.  All but these are, so that no backend finds a second address in a parameter.
+_NOT_XCHAR = re.compile(r"[^A-Za-z0-9._-]")
 _ADDRESS_TYPE = re.compile(rb"[A-Za-z0-9-]{1,64}")
 # RFC 6533 §3: utf-8-addr-xtext, and utf-8-addr-unitext where the transaction is one of SMTPUTF8.
 _UTF8_ADDRESS = re.compile(r"(?:[!-*,-<>-\[\]-~\xa0-\U0010ffff]|\\x\{[0-9A-Fa-f]{2,6}\})+")
 _HEX_POINT = re.compile(r"\\x\{([0-9A-Fa-f]{2,6})\}")
-_NOT_QCHAR = re.compile(r"[^!-*,-<>-\[\]-~]")
+_NOT_QCHAR = re.compile(r"[^A-Za-z0-9._-]")
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NOTIFY_ORDER = ("SUCCESS", "FAILURE", "DELAY")
 
@@ -602,7 +603,7 @@ def _auth_parameter(value: bytes | None) -> str | None:
 
 
 def _xtext(text: str) -> str:
-    """RFC 3461 §4: what is not a printable character, and "+" and "=", in two upper-case hexadecimal digits."""
+    """RFC 3461 §4: what is not a letter, digit, ".", "_" or "-", in two upper-case hexadecimal digits."""
     return _NOT_XCHAR.sub(lambda match: f"+{ord(match[0]):02X}", text)
 
 
