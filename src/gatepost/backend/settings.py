@@ -45,6 +45,9 @@ class BackendSettings:
             block_timeout_s, final_timeout_s: RFC 5321 §4.5.3.2.1 to .6.
         idle_s: a pooled connection unused for so long is closed with QUIT.
         deliveries: after so many transactions a connection is closed with QUIT.
+        waiters: so many transactions wait for a connection at most; wait_timeout_s: for so long at most.
+        park_after_s: a transaction that has held a connection for so long while its client dawdles must lend it to
+            one that waits.
     """
 
     name: str
@@ -61,3 +64,6 @@ class BackendSettings:
     final_timeout_s: float = 600.0
     idle_s: float = 30.0
     deliveries: int = 1000
+    waiters: int = 10_000
+    wait_timeout_s: float = 30.0
+    park_after_s: float = 1.0

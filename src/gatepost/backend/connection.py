@@ -1,0 +1,532 @@
+"""One connection to a backend: octets, replies, back-pressure, deadlines, the TLS switch.
+
+Why: an ``asyncio.Protocol`` with one future for each group of replies is the shortest way between two awaits; streams,
+    a task a command or a timer a command would each cost more than the rest of the work.
+Trust: the backend's octets go through ``smtp.client``, which bounds them; its host name and certificate are judged by
+    the context that ``open_connection`` is given.
+Promise: a reply answers the group it was asked for or ends the connection; once lost or closed a connection is never
+    used again; the final octets of content are written in one place, and ``committed`` says whether they were.
+Sources: RFC 5321 §4.5.3.2 (timeouts), §3.8 (421), §4.1.1.10 (QUIT); RFC 2920 §3.1 (groups); RFC 3207 §4, §6;
+    RFC 7435 (opportunistic TLS).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterator
+from math import inf
+from socket import SOCK_STREAM
+from typing import cast
+
+from gatepost.backend.content import Content
+from gatepost.backend.settings import BackendSettings, LmtpSocket, SmtpAddress
+from gatepost.errors import BackendUnavailable
+from gatepost.smtp import client
+from gatepost.smtp.client import BackendDefect, Capabilities, ClientEngine
+from gatepost.smtp.content import stuff
+from gatepost.smtp.reply import Reply
+
+JOIN_OCTETS = 1 << 17  # content up to this size goes out in one write
+WRITE_OCTETS = 1 << 16  # smaller blocks of larger content are joined up to this size
+QUIT_TIMEOUT_S = 5.0
+NETWORK_ADDRESSES_MAX = 8  # of one name, tried one after the other
+
+# The parameters of MAIL and RCPT that are handed on.  AUTH= is not: we vouch for nobody's identity (RFC 4954 §5).
+_PARAMETER_KEYWORDS = frozenset({"SIZE", "8BITMIME", "SMTPUTF8", "DSN"})
+
+
+class ConnectionLost(BackendUnavailable):
+    """The connection ended before its replies came.
+
+    Attributes:
+        reply: the 421 that announced it, if one did.
+    """
+
+    def __init__(self, text: str, reply: Reply | None = None) -> None:
+        super().__init__(text)
+        self.reply = reply
+
+
+class ConnectFailed(BackendUnavailable):
+    """No usable connection to one address.
+
+    Attributes:
+        busy: the backend answered, with a 4yz before any command: it takes no more connections now.
+        tls: the handshake failed, or TLS that is required is not offered.
+    """
+
+    def __init__(self, text: str, *, busy: bool = False, tls: bool = False) -> None:
+        super().__init__(text)
+        self.busy = busy
+        self.tls = tls
+
+
+class Connection(asyncio.Protocol):
+    """A connection that has been greeted, once ``open_connection`` returns it.
+
+    Attributes:
+        alive: it may be used.
+        capabilities: what the backend offers on this very connection; offered: the parameters among it.
+        committed: the octets that end content were handed to the transport: from then on the message may have been
+            taken, and is not sent again by us.
+        deadline: when ``expire`` is due, on the loop's clock.
+        deliveries: contents sent; idle_since: when it came back to the pool.
+        tls: protocol version, "" in plain text.
+    """
+
+    __slots__ = (
+        "_drained",
+        "_due",
+        "_engine",
+        "_future",
+        "_greeting",
+        "_loop",
+        "_lost",
+        "_on_closed",
+        "_paused",
+        "_replies",
+        "_settings",
+        "_then",
+        "_transport",
+        "alive",
+        "capabilities",
+        "committed",
+        "deadline",
+        "deliveries",
+        "idle_since",
+        "offered",
+        "peer",
+        "pipelining",
+        "smtputf8",
+        "tls",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, settings: BackendSettings, peer: str) -> None:
+        self._loop = loop
+        self._settings = settings
+        self._engine = ClientEngine()
+        self._transport: asyncio.Transport | None = None
+        self._on_closed: Callable[[Connection], None] | None = None
+        self._future: asyncio.Future[list[Reply]] | None
+        self._then: Callable[[Connection, Reply | None], None] | None = None
+        self._replies: list[Reply] = []
+        self._due = 0
+        self._paused = False
+        self._drained: asyncio.Future[None] | None = None
+        self._lost: ConnectionLost | None = None
+        self.alive = True
+        self.capabilities = Capabilities()
+        self.committed = False
+        self.deadline = inf
+        self.deliveries = 0
+        self.idle_since = 0.0
+        self.offered: frozenset[str] = frozenset()
+        self.peer = peer
+        self.pipelining = False
+        self.smtputf8 = False
+        self.tls = ""
+        self._greeting: asyncio.Future[list[Reply]] = loop.create_future()  # due without being asked for
+        self._future = self._greeting
+        self._ask(1)
+
+    # ---- what the pool and a delivery do
+
+    def exchange(self, octets: bytes, replies: int, timeout_s: float) -> asyncio.Future[list[Reply]]:
+        """Send commands and get their replies.
+
+        Raises:
+            ConnectionLost: here or from the future.
+        """
+        if self._lost is not None:
+            raise self._lost
+        future: asyncio.Future[list[Reply]] = self._loop.create_future()
+        self._future = future
+        self._ask(replies)
+        self.deadline = self._loop.time() + timeout_s
+        self._write(octets)
+        return future
+
+    async def send_content(self, trace_field: bytes, content: Content) -> Reply:
+        """Send content behind a 354, and get the reply to it.  RFC 5321 §4.1.1.4.
+
+        A refusal that comes before the end of content is returned too; the connection is closed then, since nobody can
+        tell what the backend makes of the rest.
+
+        Raises:
+            ConnectionLost: whether the message may have been taken says ``committed``.
+            StorageError: the content could not be read; the connection must be closed without its end being sent.
+        """
+        if self._lost is not None:
+            raise self._lost
+        future: asyncio.Future[list[Reply]] = self._loop.create_future()
+        self._future = future
+        self._ask(1)
+        settings = self._settings
+        try:
+            if content.size_octets <= JOIN_OCTETS:
+                octets = b"".join((trace_field, *_lines(content), b".\r\n"))
+                self.committed = True
+                self._write(octets)
+            else:
+                self._write(trace_field)
+                for octets in _joined(_lines(content)):
+                    self.deadline = self._loop.time() + settings.block_timeout_s  # RFC 5321 §4.5.3.2.5
+                    self._write(octets)
+                    if self._paused and not future.done():
+                        self._drained = self._loop.create_future()
+                        await self._drained
+                    if future.done():
+                        return self._early(future)
+                self.committed = True
+                self._write(b".\r\n")
+        except BaseException:
+            future.cancel()  # nobody will ask for it
+            raise
+        self.deadline = self._loop.time() + settings.final_timeout_s  # RFC 5321 §4.5.3.2.6
+        return (await future)[0]
+
+    def reset(self, then: Callable[[Connection, Reply | None], None]) -> None:
+        """RSET.  ``then`` is called with the reply, or with None when the connection was lost.  RFC 5321 §4.1.1.5."""
+        if self._future is not None or self._then is not None:
+            # A reply is due to somebody who is gone; whatever came next would be taken for it.
+            self.close()
+        if not self.alive:
+            then(self, None)
+            return
+        self._then = then
+        self._ask(1)
+        self.deadline = self._loop.time() + self._settings.command_timeout_s
+        self._write(client.RSET)
+
+    def quit(self) -> None:
+        """Say QUIT and close when the backend has answered, or after a short time.  RFC 5321 §4.1.1.10."""
+        if not self.alive:
+            return
+        if self._future is not None or self._then is not None:
+            self.close()
+            return
+        self._then = Connection._bye
+        self._ask(1)
+        self.deadline = self._loop.time() + min(QUIT_TIMEOUT_S, self._settings.command_timeout_s)
+        self._write(client.QUIT)
+
+    def _bye(self, _reply: Reply | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close at once, without a word; unfinished content stays unfinished."""
+        self._lose(ConnectionLost(f"{self.peer}: closed by us"))
+
+    def expire(self) -> None:
+        """The deadline has passed.  RFC 5321 §4.5.3.2."""
+        self._lose(ConnectionLost(f"{self.peer}: no answer in time"))
+
+    def adopted(self, on_closed: Callable[[Connection], None]) -> None:
+        """From now on tell its owner, once, when it is closed or lost."""
+        self._on_closed = on_closed
+
+    # ---- inside
+
+    def _ask(self, replies: int) -> None:
+        if self._due:
+            raise RuntimeError("one group of replies at a time")
+        self._due = replies
+        self._replies = []
+        self._engine.expect(replies)
+
+    def _write(self, octets: bytes) -> None:
+        assert self._transport is not None
+        self._transport.write(octets)
+
+    def _early(self, future: asyncio.Future[list[Reply]]) -> Reply:
+        """The backend spoke, or hung up, in the middle of content."""
+        reply = future.result()[0]  # raises ConnectionLost
+        lost = ConnectionLost(f"{self.peer}: it answered {reply.code} before the end of content")
+        self._lose(lost)
+        if reply.code < 400:
+            self.committed = True  # it may believe it has the message: not sent again
+            raise lost
+        return reply
+
+    def _lose(self, lost: ConnectionLost) -> None:
+        if self._lost is not None:
+            return
+        self._lost = lost
+        self.alive = False
+        self.deadline = inf
+        if self._transport is not None:
+            self._transport.abort()
+        future, self._future = self._future, None
+        if future is not None and not future.done():
+            future.set_exception(lost)
+        self._wake()
+        then, self._then = self._then, None
+        on_closed, self._on_closed = self._on_closed, None
+        if on_closed is not None:
+            on_closed(self)
+        if then is not None and then is not Connection._bye:
+            then(self, None)
+
+    def _wake(self) -> None:
+        drained, self._drained = self._drained, None
+        if drained is not None and not drained.done():
+            drained.set_result(None)
+
+    def _finish(self) -> None:
+        """All replies of the group are there."""
+        self.deadline = inf
+        future, self._future = self._future, None
+        if future is not None:
+            if future.done():
+                # Whoever asked was cancelled: the transaction is in an unknown state.
+                self.close()
+                return
+            future.set_result(self._replies)
+            self._wake()
+            return
+        then, self._then = self._then, None
+        if then is not None:
+            then(self, self._replies[0])
+
+    # ---- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one by its methods, not by its class
+        if self._lost is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self._lost is not None:
+            return
+        engine = self._engine
+        engine.receive(data)
+        while (reply := engine.next_reply()) is not None:
+            if isinstance(reply, BackendDefect):
+                self._lose(ConnectionLost(f"{self.peer}: {reply.text}"))
+                return
+            if reply.code == 421:
+                # RFC 5321 §3.8: the backend closes; replies still due never come.
+                self._lose(ConnectionLost(f"{self.peer}: {reply.text}", reply))
+                return
+            self._replies.append(reply)
+            self._due -= 1
+            if not self._due:
+                self._finish()
+                if not self.alive:
+                    return
+
+    def eof_received(self) -> None:
+        self._lose(ConnectionLost(f"{self.peer}: it closed the connection"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(ConnectionLost(f"{self.peer}: {exc or 'the connection ended'}"))
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._wake()
+
+    # ---- setting up
+
+    async def greeting(self) -> Reply:
+        """The reply that opens the connection.  RFC 5321 §3.1."""
+        replies = await self._greeting
+        return replies[0]
+
+    async def hello(self, *, lmtp: bool) -> None:
+        """EHLO, HELO where EHLO is refused, or LHLO; learns the capabilities.  RFC 5321 §3.2, RFC 2033 §4.1.
+
+        Raises:
+            ConnectFailed: refused.
+            ConnectionLost: the connection ended.
+        """
+        name, timeout_s = self._settings.hello, self._settings.command_timeout_s
+        reply = (await self.exchange(client.hello("LHLO" if lmtp else "EHLO", name), 1, timeout_s))[0]
+        if 200 <= reply.code < 300:
+            self.capabilities = client.parse_ehlo(reply)
+        elif reply.code >= 500 and not lmtp:  # RFC 5321 §4.1.4: a server that does not know EHLO
+            reply = (await self.exchange(client.hello("HELO", name), 1, timeout_s))[0]
+            self.capabilities = Capabilities()
+        if not 200 <= reply.code < 300:
+            raise ConnectFailed(f"{self.peer} refuses our greeting: {reply!r}", busy=reply.transient)
+        keywords = self.capabilities.keywords
+        self.offered = keywords & _PARAMETER_KEYWORDS
+        self.pipelining = "PIPELINING" in keywords
+        self.smtputf8 = "SMTPUTF8" in keywords
+
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """STARTTLS and the handshake; everything learned before is forgotten.  RFC 3207 §4.2.
+
+        Raises:
+            ConnectFailed: the backend refused; ``alive`` says that the connection is still good in plain text.
+            ConnectionLost: the connection ended.
+        """
+        settings = self._settings
+        reply = (await self.exchange(client.STARTTLS, 1, settings.command_timeout_s))[0]
+        if reply.code != 220:
+            raise ConnectFailed(f"{self.peer} refuses STARTTLS: {reply!r}", tls=True)
+        assert self._transport is not None
+        try:
+            transport = await self._loop.start_tls(
+                self._transport,
+                self,
+                context,
+                server_hostname=host,
+                ssl_handshake_timeout=settings.connect_timeout_s,
+            )
+        except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
+            self.close()
+            raise ConnectFailed(f"{self.peer}: TLS handshake failed: {error}", tls=True) from error
+        if transport is None or self._lost is not None:
+            # Octets that came behind the 220 (response injection) have ended the connection.  RFC 3207 §6.
+            if transport is not None:
+                transport.abort()
+            raise self._lost or ConnectionLost(f"{self.peer}: the connection ended in the TLS handshake")
+        self._transport = transport
+        self._engine = ClientEngine()
+        self.capabilities = Capabilities()
+        self.tls = str(transport.get_extra_info("ssl_object").version())
+
+
+async def open_connection(
+    address: SmtpAddress | LmtpSocket,
+    settings: BackendSettings,
+    context: ssl.SSLContext | None,
+    answered: str = "",
+) -> tuple[Connection, str]:
+    """A connection that is ready for MAIL.
+
+    Args:
+        context: for STARTTLS; None to stay in plain text.  Whether plain text will do where TLS cannot be had is for
+            settings.tls to say.
+        answered: that network address of the name is tried first.
+
+    Returns:
+        The connection, and the network address it goes to.
+
+    Raises:
+        ConnectFailed: with the reason, for the operator.
+    """
+    connection, network_address = await _connect(address, settings, answered)
+    lmtp = isinstance(address, LmtpSocket) or address.lmtp
+    try:
+        async with asyncio.timeout(settings.greeting_timeout_s):  # RFC 5321 §4.5.3.2.1
+            greeting = await connection.greeting()
+        _check_greeting(connection, greeting)
+        async with asyncio.timeout(settings.command_timeout_s):
+            await connection.hello(lmtp=lmtp)
+            if isinstance(address, SmtpAddress) and settings.tls != "off" and context is not None:
+                await _secure(connection, settings, context, address)
+    except TimeoutError:
+        connection.close()
+        raise ConnectFailed(f"{connection.peer}: no answer in time") from None
+    except ConnectionLost as lost:
+        raise ConnectFailed(str(lost), busy=lost.reply is not None) from lost
+    except BaseException:
+        connection.close()
+        raise
+    return connection, network_address
+
+
+def _check_greeting(connection: Connection, greeting: Reply) -> None:
+    """RFC 5321 §3.1: 220, or the server does not serve us."""
+    if greeting.code != 220:
+        raise ConnectFailed(f"{connection.peer} greets us with {greeting!r}", busy=greeting.transient)
+
+
+async def _secure(
+    connection: Connection, settings: BackendSettings, context: ssl.SSLContext, address: SmtpAddress
+) -> None:
+    """Switch to TLS where the backend offers it; insist where the settings do."""
+    required = settings.tls == "required"
+    if "STARTTLS" not in connection.capabilities.keywords:
+        if required:
+            raise ConnectFailed(f"{connection.peer} does not offer STARTTLS, and tls is required", tls=True)
+        return
+    try:
+        await connection.start_tls(context, address.host)
+    except ConnectFailed:
+        if required or not connection.alive:
+            raise
+        return  # RFC 3207 §4: refused before anything changed; opportunistic means that plain text will do
+    await connection.hello(lmtp=address.lmtp)  # RFC 3207 §4.2
+
+
+async def _connect(
+    address: SmtpAddress | LmtpSocket, settings: BackendSettings, answered: str
+) -> tuple[Connection, str]:
+    loop = asyncio.get_running_loop()
+    if isinstance(address, LmtpSocket):
+        peer = f"lmtp:{address.path}"
+        connection = Connection(loop, settings, peer)
+        try:
+            async with asyncio.timeout(settings.connect_timeout_s):
+                await loop.create_unix_connection(lambda: connection, address.path)
+        except (OSError, TimeoutError) as error:
+            raise ConnectFailed(f"{peer}: {_why(error)}") from error
+        return connection, ""
+    peer = f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+    try:
+        async with asyncio.timeout(settings.connect_timeout_s):
+            found = await loop.getaddrinfo(address.host, address.port, type=SOCK_STREAM)
+    except (OSError, TimeoutError, UnicodeError) as error:
+        raise ConnectFailed(f"{peer}: the name cannot be looked up: {_why(error)}") from error
+    hosts = list(dict.fromkeys(str(entry[4][0]) for entry in found))[:NETWORK_ADDRESSES_MAX]
+    hosts.sort(key=lambda host: host != answered)
+    trouble = "the name has no address"
+    for host in hosts:
+        connection = Connection(loop, settings, peer)
+        try:
+            async with asyncio.timeout(settings.connect_timeout_s):
+                await loop.create_connection(lambda it=connection: it, host, address.port)  # type: ignore[misc]
+        except (OSError, TimeoutError) as error:
+            trouble = _why(error)
+        else:
+            return connection, host
+    raise ConnectFailed(f"{peer}: {trouble}")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "no answer in time" if isinstance(error, TimeoutError) else str(error)
+
+
+def _lines(content: Content) -> Iterator[bytes]:
+    """The content as it goes over the wire: dot-stuffed where needed, its last line ended.  RFC 5321 §4.5.2.
+
+    Raises:
+        RuntimeError: a chunk is not whole lines.  A CRLF cut in two could hide a line that begins with a period.
+    """
+    dotted = content.dotted
+    whole = True
+    for chunk in content.chunks():
+        if not whole:
+            raise RuntimeError("content came in pieces that are not whole lines")
+        whole = chunk.endswith(b"\r\n")
+        yield stuff(chunk) if dotted else chunk
+    if not whole:
+        yield b"\r\n"
+
+
+def _joined(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same octets in fewer, larger blocks; large ones are not copied."""
+    small: list[bytes] = []
+    octets = 0
+    for block in blocks:
+        if len(block) >= WRITE_OCTETS:
+            if small:
+                yield b"".join(small)
+                small, octets = [], 0
+            yield block
+            continue
+        small.append(block)
+        octets += len(block)
+        if octets >= WRITE_OCTETS:
+            yield b"".join(small)
+            small, octets = [], 0
+    if small:
+        yield b"".join(small)
