@@ -40,6 +40,7 @@ from gatepost.smtp.preamble import ProxyDefect, ProxyHeader, ProxyParser
 from gatepost.smtp.reply import Reply
 from gatepost.telemetry import (
     BACKEND_SECONDS,
+    BACKEND_STATE,
     MESSAGE_OCTETS,
     MESSAGES,
     REPLIES,
@@ -50,9 +51,11 @@ from gatepost.telemetry import (
     Occupancy,
     SessionLog,
 )
+from gatepost.telemetry.metrics import STATE_DOWN, STATE_UP
 from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
 
 SWEEP_S = 1.0
+PROBE_SWEEPS = 5  # a backend that is down is asked again so often
 BUSY_SHARE = 0.8  # of the sessions allowed: beyond it silence is tolerated for a shorter time
 EHLO_SIZE_ROOM_OCTETS = 2048  # our trace field must fit below the backend's own SIZE limit
 
@@ -250,6 +253,10 @@ class Counts:
         self._metrics.inc(self._messages[verdict])
         self._metrics.inc(self._octets, size_octets)
 
+    def backend(self, name: str, *, up: bool) -> None:
+        """A backend was seen up or down."""
+        self._metrics.put(self._metrics.cell(BACKEND_STATE, name), STATE_UP if up else STATE_DOWN)
+
     def delivered(self, backend: str, seconds: float) -> None:
         """A backend gave its final reply to content."""
         cell = self._backends.get(backend)
@@ -287,6 +294,8 @@ class Server:
         self._listeners: dict[str, Listener] = {}
         self._hello_replies: dict[tuple[str, bool], tuple[Reply, frozenset[str]]] = {}
         self._hello_capabilities: list[Capabilities | None] = []
+        self._probing: set[str] = set()
+        self._sweeps = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -324,7 +333,7 @@ class Server:
             self.spawn(backend.close())
         for backend in backends.values():
             if backend.capabilities is None:
-                self.spawn(backend.probe())
+                self.spawn(self._probe(backend))
         if self._sweeper is None:
             self._sweep()
 
@@ -337,14 +346,25 @@ class Server:
             for table in settings.backends
         }
 
+    async def _probe(self, backend: Backend) -> None:
+        """Ask the backend what it can do, so that EHLO offers it; until it answers, every few seconds again."""
+        if backend.name in self._probing:
+            return
+        self._probing.add(backend.name)
+        try:
+            await backend.probe()
+        finally:
+            self._probing.discard(backend.name)
+        self.metrics.backend(backend.name, up=backend.healthy)
+
     async def _follow_hosts(self, settings: GateSettings) -> None:
-        rules = settings.rules
-        names = tuple(sorted({e.host for e in rules.trust if e.host} | {e.host for e in rules.deny if e.host}))
+        """Know the addresses of the host names in the rules; one resolver serves as long as there are such names."""
+        trusted = {entry.host for entry in settings.rules.trust if entry.host}
+        denied = {entry.host for entry in settings.rules.deny if entry.host}
         if self._hosts is not None:
-            await self._hosts.close()
-            self._hosts = None
-        if names:
-            self._hosts = HostFollower(names)
+            await self._hosts.follow(trusted, denied=denied)
+        elif trusted or denied:
+            self._hosts = HostFollower(trusted, denied=denied)
             await self._hosts.start()
 
     async def _listen(
@@ -439,8 +459,8 @@ class Server:
         """Content could not be kept."""
         self.log.event("storage", f"{error}; the message is deferred with 452", Level.ERROR)
 
-    def _backend_said(self, text: str) -> None:
-        self.log.event("backend", text, Level.WARNING)
+    def _backend_said(self, text: str, *, up: bool) -> None:
+        self.log.event("backend", text, Level.NOTE if up else Level.WARNING)
 
     def hosts_of(self, address: IPAddress) -> tuple[str, ...]:
         """The trusted or denied host names that this address has now."""
@@ -506,6 +526,13 @@ class Server:
                 connection.expire(Ended.TIMEOUT)
         if self.draining:
             self._expire_idle()
+            return
+        self._sweeps += 1
+        for backend in self.backends.values():
+            if backend.healthy:
+                self.metrics.backend(backend.name, up=True)
+            elif self._sweeps % PROBE_SWEEPS == 0:
+                self.spawn(self._probe(backend))
 
     def _expire_idle(self) -> None:
         for session in list(self.sessions):
