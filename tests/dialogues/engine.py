@@ -23,6 +23,7 @@ from gatepost.smtp.server import (
 
 KEYWORDS = ("8BITMIME", "CHUNKING", "DSN", "ENHANCEDSTATUSCODES", "HELP", "PIPELINING", "SIZE 52428800", "SMTPUTF8")
 LOCAL = "example.com"
+_LIMITS = ContentLimits()
 
 
 class EnginePeer:
@@ -30,15 +31,22 @@ class EnginePeer:
 
     Args:
         piece_octets: how many octets at most reach the engine at once; 0 for all of them.
+        limits: of content; normalise is taken from the argument of that name.
     """
 
     def __init__(
-        self, *, trusted: bool = False, tls: bool = False, normalise: bool = False, piece_octets: int = 0
+        self,
+        *,
+        trusted: bool = False,
+        tls: bool = False,
+        normalise: bool = False,
+        piece_octets: int = 0,
+        limits: ContentLimits = _LIMITS,
     ) -> None:
         self._trusted = trusted
         self._tls_offered = tls
         self._tls = False
-        self._limits = ContentLimits(normalise=normalise)
+        self._limits = limits._replace(normalise=normalise)
         self._piece_octets = piece_octets
         self._output = b""
         self._closed = False
@@ -46,7 +54,7 @@ class EnginePeer:
         self._messages: list[bytes] = []
         self._content = b""
         self._smtputf8 = False
-        self.events: list[object] = []
+        self.ended: list[ContentEnded] = []
         self.engine = ServerEngine(frozenset(), self._limits)
         self.engine.say(Reply(220, "mx.example.com ESMTP"))
         self._collect()
@@ -93,7 +101,6 @@ class EnginePeer:
             assert event is not PAUSED, "every question was answered"
             if event is NEED_DATA:
                 break
-            self.events.append(event)
             if isinstance(event, ContentChunk):
                 self._content += event.octets
             elif isinstance(event, Refused):
@@ -132,6 +139,7 @@ class EnginePeer:
                     self._content = b""
                 return defect.reply if defect else Reply(250, "Chunk taken", "2.0.0")
             case ContentEnded(_, defect):
+                self.ended.append(event)
                 content, self._content = self._content, b""
                 if defect is not None:
                     return defect.reply
