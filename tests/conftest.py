@@ -1,17 +1,21 @@
-"""What all tests share: hypothesis profiles, one group for what needs the real servers, and no silent skip in CI.
+"""What all tests share: hypothesis profiles, one row for what needs the real servers, and no silent skip in CI.
 
-Why: the real servers listen on fixed ports, so their tests run one after the other in one xdist worker; everything else
-    runs in parallel.  A test that is skipped because its server is missing says so in the summary, and fails CI, where
+Why: the real servers listen on fixed ports, so their tests run one after the other in one xdist worker, and everything
+    else runs beside them.  A test that is skipped because its server is missing says so in the summary, and fails CI, where
     everything is installed.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
+REAL = Path(__file__).parent / "real"
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 # A slow machine is no finding: no deadline for one example.  CI repeats the same examples, a person gets new ones;
@@ -30,12 +34,31 @@ settings.load_profile("ci" if CI else "here")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below tests/real, and what is marked so, shares the real servers."""
+    """What needs the real servers comes first: it is the longest row, and nothing else can shorten it."""
     for item in items:
-        if "real" in item.path.parts:
+        if item.path.is_relative_to(REAL):
             item.add_marker(pytest.mark.real)
-        if item.get_closest_marker("real"):
-            item.add_marker(pytest.mark.xdist_group("real"))
+    items.sort(key=lambda item: not item.path.is_relative_to(REAL))
+
+
+class Rows(LoadScopeScheduling):
+    """Tests of one file stay in one worker, for the gate or backend they share; all of tests/real is one such row.
+
+    xdist's own groups (``xdist_group``) are not used: its 3.8 marks them in a field that pytest 9.2 no longer has, and
+    the tests of a group run side by side without a word.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/real" if nodeid.startswith("tests/real/") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:
+    """``--dist loadscope`` hands out rows, in the order of collection."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    config.option.loadscopereorder = False
+    return Rows(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

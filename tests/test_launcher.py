@@ -169,7 +169,7 @@ def test_test_adds_the_test_tools_and_runs_pytest_in_the_clone(clone: Clone) -> 
     (clone.root / "tests").mkdir()
     (clone.root / "tests" / "install-servers.sh").write_text('echo servers >>"$NOTES"\n')
     code, output, _ = clone.run("test", "-k", "a or b")
-    assert (code, output) == (0, f"tested [-m pytest -n 2 --dist loadgroup -k a or b] in {clone.root}\n")
+    assert (code, output) == (0, f"tested [-m pytest -n 2 --dist loadscope -k a or b] in {clone.root}\n")
     assert clone.done() == ["pip requirements-dev.lock", "servers"]
 
 
