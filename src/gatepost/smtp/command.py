@@ -62,7 +62,8 @@ class MailParameters(NamedTuple):
     def octets(self, offered: frozenset[str]) -> bytes:
         """The parameters for a server that offers these keywords, each with a space before it.
 
-        AUTH= is never handed on: it would vouch for an identity that this gate did not verify.
+        AUTH= is never handed on: it would vouch for an identity that this gate did not verify.  An ENVID that grew over
+        its limit by our encoding is left out: a notification without reference is better than a message refused.
         """
         if self == NO_MAIL_PARAMETERS:
             return b""
@@ -76,8 +77,8 @@ class MailParameters(NamedTuple):
         if "DSN" in offered:
             if self.ret is not None:
                 out += f" RET={self.ret}"
-            if self.envid is not None:
-                out += f" ENVID={_xtext(self.envid)}"
+            if self.envid is not None and len(envid := _xtext(self.envid)) <= ENVID_OCTETS_MAX:
+                out += f" ENVID={envid}"
         return out.encode("ascii")
 
 
@@ -93,14 +94,17 @@ class RcptParameters(NamedTuple):
     orcpt: tuple[str, str] | None = None
 
     def octets(self, offered: frozenset[str]) -> bytes:
-        """The parameters for a server that offers these keywords, each with a space before it."""
+        """The parameters for a server that offers these keywords, each with a space before it.
+
+        An ORCPT that grew over its limit by our encoding is left out, as with ENVID.
+        """
         if self == NO_RCPT_PARAMETERS or "DSN" not in offered:
             return b""
         out = ""
         if self.notify:
             out += " NOTIFY=" + ",".join(self.notify)
-        if self.orcpt is not None:
-            out += " ORCPT=" + _orcpt_octets(*self.orcpt)
+        if self.orcpt is not None and len(orcpt := _orcpt_octets(*self.orcpt)) <= ORCPT_OCTETS_MAX:
+            out += f" ORCPT={orcpt}"
         return out.encode("ascii")
 
 
@@ -583,8 +587,10 @@ def _orcpt(value: bytes | None, *, smtputf8: bool) -> tuple[str, str] | None:
         return None
     kind = address_type.lower().decode("ascii")
     address = _from_utf8_address(encoded, raw=smtputf8) if kind == "utf-8" else _from_xtext(encoded, ORCPT_OCTETS_MAX)
-    # Re-encoded in ASCII, raw UTF-8 takes more room; what we could not send, we do not take.
-    return None if address is None or len(_orcpt_octets(kind, address)) > ORCPT_OCTETS_MAX else (kind, address)
+    if address is None:
+        return None
+    # In ASCII alone the two types are one, and RFC 6533 has no embedded form for most of ASCII.
+    return ("rfc822", address) if kind == "utf-8" and address.isascii() else (kind, address)
 
 
 def _orcpt_octets(kind: str, address: str) -> str:

@@ -15,7 +15,7 @@ LINE_OCTETS_MAX = 512  # RFC 5321 §4.5.3.1.5, CRLF included
 LINES_MAX = 128
 
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\U0010ffff]")
-_STATUS = re.compile(r"([245])\.(\d{1,3})\.(\d{1,3})(?: |$)")
+_STATUS = re.compile(r"([245])\.([0-9]{1,3})\.([0-9]{1,3})(?: |\Z)")
 
 
 class EnhancedStatus(NamedTuple):
@@ -104,8 +104,12 @@ def from_backend(code: int, lines: list[bytes]) -> Reply:
     """
     texts = [line[:LINE_OCTETS_MAX].decode("utf-8", "replace") for line in lines[:LINES_MAX]]
     status: EnhancedStatus | None = None
-    match = _STATUS.match(texts[0]) if texts else None
-    if match and match[1] == str(code // 100):
-        status = EnhancedStatus(int(match[2]), int(match[3]))
-        texts = [t[match.end() :] if t.startswith(match[0].rstrip()) else t for t in texts]
+    first = _STATUS.match(texts[0]) if texts else None
+    if first and first[1] == str(code // 100):
+        status = EnhancedStatus(int(first[2]), int(first[3]))
+        # RFC 2034 §4: the same status on every line; it is rendered again on every line.
+        for number, text in enumerate(texts):
+            match = _STATUS.match(text)
+            if match and match.groups() == first.groups():
+                texts[number] = text[match.end() :]
     return Reply(code, "\n".join(texts), status)
