@@ -98,7 +98,6 @@ def backend() -> Iterator[LenientBackend]:
 def gate(tmp_path_factory, backend) -> Iterator[Gate]:
     listeners = {
         "mx": 'role = "mx"',
-        "patient": 'role = "mx"',
         "tls": 'role = "mx"\ntls = "starttls"',
         "inside": 'role = "inside"\nbare_newlines = "normalise"',
     }
