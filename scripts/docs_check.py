@@ -157,10 +157,10 @@ def commands_in(page: Document) -> Iterator[tuple[int, str]]:
         if block.language in SHELL:
             joined = re.sub(r"\\\n\s*", " ", block.text)
             for offset, line in enumerate(joined.splitlines()):
-                prompt = re.match(r"\s*[$#] (.*)", line)
-                if block.language in ("console", "text", "") and not prompt:
-                    continue  # output, not input
-                spoken = (prompt[1] if prompt else line).partition(" #")[0]
+                typed = re.match(r"\s*(?:[$#] (.*)|((?:\./)?gatepost .*))", line)
+                if block.language in ("console", "text", "") and not typed:
+                    continue  # what a program answers
+                spoken = ((typed[1] or typed[2]) if typed else line).partition(" #")[0]
                 yield from ((block.line + offset, match[1]) for match in COMMAND.finditer(spoken))
 
 

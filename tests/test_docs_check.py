@@ -67,6 +67,7 @@ def test_a_page_that_tells_the_truth_passes(tree: Path) -> None:
         ("`Path.none()`", "README.md:1: no such function: Path.none()"),
         ("type `gatepost nonesuch`", "README.md:1: no such command: gatepost nonesuch"),
         ("```sh\n\n$ ./gatepost nonesuch --x\n```", "README.md:3: no such command: gatepost nonesuch"),
+        ("```\nsome text\ngatepost nonesuch # why\n```", "README.md:3: no such command: gatepost nonesuch"),
         ("`gatepost run --nonesuch`", "README.md:1: gatepost run knows no --nonesuch"),
         ("```toml\n[gate\n```", "README.md:2: not TOML"),
         ("```toml\n[backend.x]\nadress = 'a'\n[domains]\n```", "README.md:2: does not load"),
@@ -85,4 +86,4 @@ def test_what_its_generator_prints_now_passes(tree: Path) -> None:
 
 
 def test_output_in_a_console_block_is_not_taken_for_a_command(tree: Path) -> None:
-    assert problems(tree, "```console\nready: gatepost listens there\n```\n") == []
+    assert problems(tree, "```console\nready: the gatepost listens there\n```\n") == []
