@@ -7,6 +7,7 @@ Promise: frozen; a change makes a new value (after STARTTLS or a new EHLO nothin
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from gatepost.smtp.path import ReversePath
 IPAddress = IPv4Address | IPv6Address
 
 
+@lru_cache(maxsize=4096)  # the same clients come again and again
 def client_address(text: str) -> IPAddress:
     """The address a client really has: an IPv4-mapped IPv6 address is the IPv4 address.
 

@@ -54,10 +54,11 @@ class Reason(Enum):
         self.code = code
         self.status = status
         self.wording = wording
+        self._enhanced = Reply(code, wording, status).status
 
     def reply(self, reference: str = "") -> Reply:
         """The public reply; with the reference by which the operator finds the evidence."""
-        return Reply(self.code, f"{self.wording} [{reference}]" if reference else self.wording, self.status)
+        return Reply(self.code, f"{self.wording} [{reference}]" if reference else self.wording, self._enhanced)
 
 
 class LocalDomain(NamedTuple):

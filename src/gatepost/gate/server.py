@@ -28,13 +28,14 @@ from gatepost.facts import Client, IPAddress, Transaction, client_address
 from gatepost.facts import Session as SessionFacts
 from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.session import Session
-from gatepost.gate.settings import GateSettings, ListenSettings
+from gatepost.gate.settings import GateSettings, Limits, ListenSettings
 from gatepost.gate.tls import server_context
 from gatepost.gate.trace import Dates, TraceKey
 from gatepost.policy import relay
 from gatepost.policy.relay import NetworkTable
 from gatepost.resolver import HostFollower
 from gatepost.smtp.client import Capabilities
+from gatepost.smtp.content import ContentLimits
 from gatepost.smtp.path import ForwardPath
 from gatepost.smtp.preamble import ProxyDefect, ProxyHeader, ProxyParser
 from gatepost.smtp.reply import Reply
@@ -286,6 +287,8 @@ class Server:
         self.backends: dict[str, Backend] = {}
         self.greeting = self.goodbye = Reply(421, "starting")
         self.memory: Memory
+        self.content_limits: list[ContentLimits] = []
+        self.some_normalise = False
         self.rates: Rates
         self.trace_key: TraceKey
         self.draining = False
@@ -324,6 +327,8 @@ class Server:
         self.memory = Memory(
             settings.limits.memory_octets, settings.limits.message_memory_octets, _temporary(settings.data)
         )
+        self.content_limits = [_content_limits(settings.limits, normalise=normalise) for normalise in (False, True)]
+        self.some_normalise = any(entry.bare_newlines == "normalise" for entry in settings.rules.trust)
         self.greeting = Reply(220, f"{settings.name} ESMTP Gatepost")
         self.goodbye = Reply(221, f"{settings.name} closing", "2.0.0")
         self._hello_replies.clear()
@@ -538,6 +543,16 @@ class Server:
         for session in list(self.sessions):
             if not session.connection.in_content:
                 session.connection.expire(Ended.DRAINED)
+
+
+def _content_limits(limits: Limits, *, normalise: bool) -> ContentLimits:
+    return ContentLimits(
+        limits.message_size_octets,
+        limits.content_line_octets,
+        limits.header_section_octets,
+        limits.received_fields,
+        normalise,
+    )
 
 
 def _temporary(data: str) -> str:

@@ -24,7 +24,6 @@ from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.trace import trace_field
 from gatepost.policy import relay
 from gatepost.smtp.command import Auth, Data, Expn, Hello, Help, Mail, Noop, Quit, Rcpt, Rset, StartTls, Vrfy
-from gatepost.smtp.content import ContentLimits
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.server import NEED_DATA, ChunkEnded, ContentChunk, ContentEnded, Refused, ServerEngine, State
 from gatepost.telemetry import RecipientRecord, SessionRecord, TransactionRecord, rfc3339
@@ -118,20 +117,11 @@ class Session:
 
     def _new_engine(self) -> ServerEngine:
         """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
-        limits = self.server.settings.limits
-        normalise = self.listener.settings.bare_newlines == "normalise" or any(
-            entry.bare_newlines == "normalise" for entry in relay.grants(self.server.settings.rules, self.facts)
+        normalise = self.listener.settings.bare_newlines == "normalise" or (
+            self.server.some_normalise
+            and any(e.bare_newlines == "normalise" for e in relay.grants(self.server.settings.rules, self.facts))
         )
-        self.connection.reader = engine = ServerEngine(
-            frozenset(),
-            ContentLimits(
-                limits.message_size_octets,
-                limits.content_line_octets,
-                limits.header_section_octets,
-                limits.received_fields,
-                normalise,
-            ),
-        )
+        self.connection.reader = engine = ServerEngine(frozenset(), self.server.content_limits[normalise])
         return engine
 
     # ---- the loop

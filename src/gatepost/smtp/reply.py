@@ -45,7 +45,7 @@ class Reply:
                 raise ValueError(f"status {status} does not belong to code {code}")
             self.status: EnhancedStatus | None = EnhancedStatus(int(subject), int(detail))
         else:
-            self.status = None if status is None else EnhancedStatus(*status)
+            self.status = status if status is None or isinstance(status, EnhancedStatus) else EnhancedStatus(*status)
         self._octets: bytes | None = None
 
     @property
