@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatepost.smtp.content import BdatReceiver, ContentLimits, DataReceiver, Defect, stuff
+from gatepost.smtp.content import LINE_OCTETS_CEILING, BdatReceiver, ContentLimits, DataReceiver, Defect, stuff
 
 LIMITS = ContentLimits(message_size_octets=10_000, content_line_octets=998, header_section_octets=2_000)
 
@@ -192,3 +194,149 @@ def test_flags_say_what_sending_needs() -> None:
         receiver = DataReceiver(LIMITS)
         feed(receiver, octets, [4])
         assert (receiver.dotted, receiver.eight_bit) == (dotted, eight_bit)
+
+
+# ---- limits, whatever the pieces
+
+
+@pytest.mark.parametrize("length", [997, 998, 999])
+@pytest.mark.parametrize("first", [b"", b"a\r\n"])
+def test_the_period_of_transparency_does_not_count_in_the_line_limit(first: bytes, length: int) -> None:
+    content, _, _, defect = three_ways(first + b"." + b"x" * length + b"\r\n.\r\n")
+    assert defect is (Defect.LINE_TOO_LONG if length > 998 else None)
+    assert content == (b"" if defect else first + b"x" * length + b"\r\n")
+
+
+@pytest.mark.parametrize("length", [997, 998, 999])
+@pytest.mark.parametrize("end", [b"", b"\r\n"])
+def test_bdat_has_the_line_limit(end: bytes, length: int) -> None:
+    defect = chunks([b"a\r\n" + b"." + b"x" * (length - 1) + end])[1]
+    assert defect is (Defect.LINE_TOO_LONG if length > 998 else None)
+
+
+def test_a_line_limit_switched_off_is_a_high_one() -> None:
+    limits = ContentLimits(message_size_octets=0, content_line_octets=0)
+    for length, defect in ((LINE_OCTETS_CEILING, None), (LINE_OCTETS_CEILING + 1, Defect.LINE_TOO_LONG)):
+        receiver = DataReceiver(limits)
+        _, _, ended = feed(receiver, b"\r\n" + b"x" * length + b"\r\n.\r\n", [1 << 16])
+        assert (receiver.defect, ended) == (defect, True)
+
+
+@pytest.mark.parametrize("surplus", [-1, 0, 1])
+def test_header_section_limit(surplus: int) -> None:
+    field = b"a: " + b"x" * 95 + b"\r\n"
+    header = field * 19 + b"b: " + b"y" * (95 + surplus) + b"\r\n"
+    assert len(header) == LIMITS.header_section_octets + surplus
+    expected = Defect.HEADER_SECTION_TOO_LARGE if surplus > 0 else None
+    for body in (b"\r\n" + b"c: d\r\n" * 100, b""):
+        assert three_ways(header + body + b".\r\n")[3] is expected
+        assert chunks([header + body])[1] is expected
+
+
+def test_the_size_counts_as_rfc_1870_says() -> None:
+    """CRLFs count, the periods of transparency do not."""
+    receiver = DataReceiver(LIMITS)
+    feed(receiver, b"ab\r\n...\r\n.\r\n", [100])
+    assert receiver.size_octets == len(b"ab\r\n..\r\n")
+
+
+def test_received_fields_are_counted_in_any_case_and_at_line_starts_only() -> None:
+    limits = LIMITS._replace(received_fields=2)
+    field = b"rEcEiVeD: by a.test; now\r\n"
+    assert three_ways(field * 3 + b"\r\n.\r\n", limits)[3] is Defect.LOOP
+    assert three_ways(field * 2 + b"x: received: received:\r\n Received: folded\r\n\r\n.\r\n", limits)[3] is None
+    assert chunks([field, field, field[:5], field[5:]], limits)[1] is Defect.LOOP
+
+
+@pytest.mark.parametrize("junk", [b"x", b"\r", b".", b"\0", b"\n", b".\r", b"\r\n", b"\r\n.\n", b"\r\r\n."])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_what_waits_for_more_is_bounded(junk: bytes, normalise: bool) -> None:
+    receiver = DataReceiver(LIMITS._replace(normalise=normalise))
+    waiting = b""
+    for octet in junk * 3000:
+        _, waiting, ended = receiver.take(waiting + bytes([octet]))
+        assert not ended
+        assert len(waiting) <= (1000 if receiver.defect is None else 4)
+    receiver_of_chunks = BdatReceiver(LIMITS._replace(normalise=normalise))
+    receiver_of_chunks.begin(len(junk) * 1000, last=False)
+    for octet in junk * 1000:
+        _, rest, _ = receiver_of_chunks.take(bytes([octet]))
+        assert rest == b""
+        assert len(receiver_of_chunks._line) <= 999
+
+
+# ---- normalising
+
+NORMALISE = LIMITS._replace(normalise=True)
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n"])
+def test_lines_that_end_in_anything_are_lines_for_the_limit(end: bytes) -> None:
+    body = end + (b"x" * 97 + end) * 30
+    normal = b"\r\n" + (b"x" * 97 + b"\r\n") * 30
+    assert three_ways(body + b"z\r\n.\r\n", NORMALISE) == (normal + b"z\r\n", b"", True, None)
+    assert chunks([body], NORMALISE) == (normal, None)
+    assert chunks([body[:700], body[700:701], body[701:]], NORMALISE) == (normal, None)
+    for length, defect in ((998, None), (999, Defect.LINE_TOO_LONG)):
+        assert three_ways(b"a" + end + b"x" * length + end + b"z\r\n.\r\n", NORMALISE)[3] is defect
+        assert chunks([b"a" + end + b"x" * length + end], NORMALISE)[1] is defect
+
+
+# ---- against a reading of the RFC that is short enough to be right
+
+
+def rfc_reading(octets: bytes, limits: ContentLimits) -> tuple[bytes, bytes, bool]:
+    """Content, what follows, and whether it may pass; of octets that hold an end of content.  RFC 5321 §4.1.1.4."""
+    end = (b"\r\n" + octets).index(b"\r\n.\r\n")
+    body, rest = octets[:end], octets[end + 3 :]
+    if limits.normalise:
+        body = re.sub(rb"\r\n|\r|\n", b"\r\n", body)
+    lines = body.split(b"\r\n")
+    assert lines.pop() == b""
+    lines = [line.removeprefix(b".") for line in lines]
+    fine = not any(re.search(rb"[\r\n\0]", line) or len(line) > limits.content_line_octets for line in lines)
+    return b"".join(line + b"\r\n" for line in lines), rest, fine
+
+
+SMALL = ContentLimits(message_size_octets=0, content_line_octets=8, header_section_octets=1 << 20)
+nasty = st.binary(max_size=120).map(lambda b: bytes(b"\r\n\r\n..\0axxxxxxx\xff"[octet % 16] for octet in b))
+
+
+@given(nasty, nasty, st.booleans(), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+@settings(max_examples=400, deadline=None)
+def test_data_is_read_as_the_rfc_says(body: bytes, behind: bytes, normalise: bool, sizes: list[int]) -> None:
+    limits = SMALL._replace(normalise=normalise)
+    octets = body + b"\r\n.\r\n" + behind
+    content, rest, fine = rfc_reading(octets, limits)
+    for pieces in (sizes, [1], [len(octets)]):
+        receiver = DataReceiver(limits)
+        found, found_rest, ended = feed(receiver, octets, pieces)
+        assert (ended, found_rest) == (True, rest)
+        assert (receiver.defect is None) == fine
+        if fine:
+            assert found == content
+            assert receiver.size_octets == len(content)
+            assert receiver.eight_bit == (not content.isascii())
+            assert receiver.dotted == (b"\r\n." in b"\r\n" + content)
+
+
+@given(st.lists(nasty, min_size=1, max_size=5), st.booleans(), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+@settings(max_examples=400, deadline=None)
+def test_bdat_is_read_as_the_rfc_says(parts: list[bytes], normalise: bool, sizes: list[int]) -> None:
+    limits = SMALL._replace(normalise=normalise)
+    content = b"".join(parts)
+    if normalise:
+        content = re.sub(rb"\r\n|\r|\n", b"\r\n", content)
+    fine = all(not re.search(rb"[\r\n\0]", line) and len(line) <= 8 for line in content.split(b"\r\n"))
+    for pieces in (sizes, [1], [1000]):
+        receiver = BdatReceiver(limits)
+        found = b""
+        for number, part in enumerate(parts):
+            receiver.begin(len(part), last=number == len(parts) - 1)
+            block, rest, ended = feed(receiver, part + b"NEXT", pieces)
+            assert (rest, ended) == (b"NEXT", True)
+            found += block
+        assert (receiver.defect is None) == fine
+        if fine:
+            assert found == content
+            assert receiver.dotted == (b"\r\n." in b"\r\n" + content)

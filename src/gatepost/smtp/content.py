@@ -90,11 +90,19 @@ class _Inspector:
         self.eight_bit = False
         self.dotted = False
 
+    def _whole_lines(self, octets: bytes) -> int:
+        """How many of the octets are whole lines."""
+        cut = octets.rfind(b"\n") + 1
+        if self._limits.normalise:
+            # A bare CR ends a line, too; what the CR at the very end is, the next octet tells.
+            cut = max(cut, octets.rfind(b"\r", 0, -1) + 1)
+        return cut
+
     def _judge(self, block: bytes, *, no_bare_cr: bool = False) -> Defect | None:
         """What forbids this block to pass, if anything; else it is counted.
 
         Args:
-            block: starts at the start of a line; ends in LF, or is the unterminated last line of a BDAT message.
+            block: starts at the start of a line; whole lines, the last line of a BDAT message may lack its end.
             no_bare_cr: that is known already.
         """
         # One pass keeps only CR, LF and NUL: as many CRs as LFs, in turn.  With no CR but before an LF they are pairs.
@@ -170,9 +178,11 @@ class DataReceiver(_Inspector):
         """
         if self.defect is not None:
             return self._skip(octets)
-        cut = octets.rfind(b"\n") + 1
+        # RFC 5321 §4.5.3.1.6: a text line, its CR, and the period that transparency may have put before it.
+        pending_max = self._line_max + 2
+        cut = self._whole_lines(octets)
         if not cut:
-            if len(octets) > self._line_max + 1:
+            if len(octets) > pending_max:
                 self.defect = Defect.LINE_TOO_LONG
                 return self._skip(octets)
             return b"", octets, False
@@ -189,7 +199,7 @@ class DataReceiver(_Inspector):
             if not self.dotted:
                 self.dotted = body.startswith(b".") or b"\r\n." in body
         self.defect = self._judge(body, no_bare_cr=plain)
-        if not ended and len(rest) > self._line_max + 1:
+        if not ended and len(rest) > pending_max:
             self.defect = self.defect or Defect.LINE_TOO_LONG
         if self.defect is not None:
             return (b"", rest, True) if ended else self._skip(rest)
@@ -272,7 +282,7 @@ class BdatReceiver(_Inspector):
         if self.defect is not None:
             return b"", rest, ended
         pending = self._line + piece
-        cut = len(pending) if ended and self.last else pending.rfind(b"\n") + 1
+        cut = len(pending) if ended and self.last else self._whole_lines(pending)
         block, self._line = pending[:cut], pending[cut:]
         if block:
             if self._limits.normalise:
