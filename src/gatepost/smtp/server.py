@@ -6,7 +6,8 @@ Trust: every octet is the client's.  ``receive`` never raises on what a peer sen
 Promise: at most one question is open, so that replies go out in the order of the commands (RFC 2920 §3.2) without any
     bookkeeping; only a positive reply moves the state, by the table below; what is kept in memory is bounded by
     COMMAND_OCTETS_MAX between commands and by one line and one block in content, plus what one ``receive`` brought.
-    The events do not depend on how the octets were split; only which of several defects of a message is named may.
+    The events do not depend on how the octets were split, but for the size of a ContentChunk; of a message with a
+    defect only that it has one is certain, not which of several is named, nor how much was emitted before it.
 Sources: RFC 5321 §4.1.4 (order of commands), §4.5.3.1.4 (command line), RFC 3030 (BDAT), RFC 3207 §4.2 (STARTTLS).
     Stricter: a line that ends in a bare LF ends the session unless bare newlines are normalised; a line that holds a
     bare CR or NUL is refused as a whole and nothing of it is executed.
@@ -64,7 +65,12 @@ class ContentChunk(NamedTuple):
 
 
 class ContentEnded(NamedTuple):
-    """Content is complete: the question whose positive answer takes responsibility.  RFC 5321 §4.2.5, §6.1."""
+    """Content is complete: the question whose positive answer takes responsibility.  RFC 5321 §4.2.5, §6.1.
+
+    Attributes:
+        size_octets, eight_bit, dotted: of the content; of content with a defect only of what was read before it, which
+            depends on how the octets came.
+    """
 
     size_octets: int
     defect: Defect | None
@@ -260,9 +266,7 @@ class ServerEngine:
         command = parse_command(line, self.offered)
         kind = type(command)
         if kind is Reply:
-            # A BDAT that was not understood leaves unknown how many octets are not commands.  RFC 3030 §2.
-            lost = line[:4].upper() == b"BDAT" and "CHUNKING" in self.offered
-            return self._refuse(command, fatal=lost)  # type: ignore[arg-type]
+            return self._refuse(command, fatal=self._announces_chunk(line))  # type: ignore[arg-type]
         if kind is Bdat:
             return self._bdat(command)  # type: ignore[arg-type]
         if kind is Foreign:
@@ -288,19 +292,23 @@ class ServerEngine:
                     return self._refuse(_LINE_TOO_LONG, fatal=True)
             return NEED_DATA
         self._position = newline + 1
-        length = self._overlong_octets + newline - start
+        end = newline - 1 if newline > start and buffer[newline - 1] == 0x0D else newline
+        length = self._overlong_octets + end - start
         self._overlong_octets = 0
-        if newline > start and buffer[newline - 1] == 0x0D:
-            line = buffer[start : newline - 1]
-        elif self.limits.normalise:
-            line = buffer[start:newline]
-        else:
+        if length > FLOOD_OCTETS:
+            return self._refuse(_LINE_TOO_LONG, fatal=True)
+        if end == newline and not self.limits.normalise:
             return self._refuse(_BARE_LF, fatal=True)
-        if length > COMMAND_OCTETS_MAX:
-            return self._refuse(_LINE_TOO_LONG, fatal=length > FLOOD_OCTETS)
+        if length + 2 > COMMAND_OCTETS_MAX:
+            return self._refuse(_LINE_TOO_LONG)
+        line = buffer[start:end]
         if b"\r" in line or b"\0" in line:
-            return self._refuse(_BARE_CR_OR_NUL)
+            return self._refuse(_BARE_CR_OR_NUL, fatal=self._announces_chunk(line))
         return line
+
+    def _announces_chunk(self, line: bytes) -> bool:
+        """A BDAT that is refused leaves unknown how many octets behind it are no commands.  RFC 3030 §2."""
+        return line[:4].upper() == b"BDAT" and "CHUNKING" in self.offered
 
     def _refuse(self, reply: Reply, *, fatal: bool = False) -> Refused:
         self._output.append(reply.octets())
@@ -322,12 +330,10 @@ class ServerEngine:
         self._buffer, self._position = rest, 0
         if block:
             return ContentChunk(block)
-        if self._ended:
-            return self._content_ended(receiver)
         ceiling = 2 * (self.limits.message_size_octets or self._content_octets) + FLOOD_OCTETS
         if receiver.defect is not None and self._content_octets > ceiling:
             return self._refuse(receiver.defect.reply, fatal=True)
-        return NEED_DATA
+        return self._content_ended(receiver) if self._ended else NEED_DATA
 
     def _content_ended(self, receiver: DataReceiver | BdatReceiver) -> ContentEnded | ChunkEnded:
         self._ended = False
