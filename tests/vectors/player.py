@@ -17,9 +17,10 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,52 @@ def shown(octets: bytes, most: int = 200) -> str:
 # ------------------------------------------------------------------------------------------------ one connection
 
 
+class _TlsLayer:
+    """TLS over a socket that stays our own: a peer that resets in the handshake leaves nothing unclosed.
+
+    (SSLSocket loses its descriptor when the connection is reset while it is made.)
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        self._socket = connection
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname="gate.test")
+        while True:
+            try:
+                self._object.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._exchange()
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._socket.sendall(self._outgoing.read())
+
+    def _exchange(self) -> None:
+        self._flush()
+        octets = self._socket.recv(65536)
+        if not octets:
+            raise ConnectionError("hung up")
+        self._incoming.write(octets)
+
+    def sendall(self, octets: bytes) -> None:
+        self._object.write(octets)
+        self._flush()
+
+    def recv(self, size: int) -> bytes:
+        while True:
+            try:
+                return self._object.read(size)
+            except ssl.SSLWantReadError:
+                self._exchange()
+            except ssl.SSLZeroReturnError:
+                return b""
+
+
 class Connection:
     """A client's socket that keeps what it was told even when the server hangs up on it."""
 
@@ -158,6 +205,7 @@ class Connection:
         self._timeout_s = target.timeout_s
         self._socket = socket.create_connection((target.host, target.port), target.timeout_s, (source, 0))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._layer: socket.socket | _TlsLayer = self._socket
         self.buffer = b""
         self.ended = False
         self.tls = False
@@ -169,10 +217,10 @@ class Connection:
             self._socket.settimeout(self._timeout_s)
             if segment_octets:
                 for at in range(0, len(octets), segment_octets):
-                    self._socket.sendall(octets[at : at + segment_octets])
+                    self._layer.sendall(octets[at : at + segment_octets])
                     time.sleep(pause_s)
             else:
-                self._socket.sendall(octets)
+                self._layer.sendall(octets)
         except OSError:
             while self.receive(0.3):
                 pass
@@ -186,7 +234,7 @@ class Connection:
             return False
         try:
             self._socket.settimeout(max(timeout_s, 0.001))
-            octets = self._socket.recv(65536)
+            octets = self._layer.recv(65536)
         except TimeoutError:
             return False
         except OSError:
@@ -220,11 +268,8 @@ class Connection:
         return heard
 
     def start_tls(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
         self._socket.settimeout(self._timeout_s)
-        self._socket = context.wrap_socket(self._socket, server_hostname="gate.test")
+        self._layer = _TlsLayer(self._socket)
         self.tls = True
 
     def close(self, how: str = "fin") -> None:
@@ -610,12 +655,10 @@ def play_all(
     backend: LenientBackend,
     *,
     at_once: int = 48,
-    wait: Callable[[], None] = lambda: None,
 ) -> Played:
     """Play cases and judge them.
 
     Strangers come first, side by side: while no one else is there, any outside recipient at the backend is a relay.
-    Then those who may send outside; then the loads, one by one.
     """
     offered = offered_by(target)
     played = Played()
@@ -627,22 +670,35 @@ def play_all(
         else:
             plays.append(Play(case, target, offered))
 
-    def is_load(play: Play) -> bool:
-        return any("load" in step for step in play.outcome.case.steps)
-
-    loads = [play for play in plays if is_load(play)]
-    strangers = [play for play in plays if play.outcome.case.client == "stranger" and not is_load(play)]
-    others = [play for play in plays if play.outcome.case.client != "stranger" and not is_load(play)]
-    for batch, width in ((strangers, at_once), (others, at_once), (loads, 1)):
-        if not batch:
+    batches: dict[_Batch, list[Play]] = {batch: [] for batch in _Batch}
+    for play in plays:
+        batches[_batch_of(play.outcome.case)].append(play)
+    for batch, members in batches.items():
+        if not members:
             continue
         since = len(backend.journal)
-        with ThreadPoolExecutor(width) as pool:
-            list(pool.map(Play.run, sorted(batch, key=_slowest_first)))
+        with ThreadPoolExecutor(1 if batch is _Batch.LOADS else at_once) as pool:
+            list(pool.map(Play.run, sorted(members, key=_slowest_first)))
         backend.wait_quiet(0.3, 10.0)
-        wait()
-        _judge_batch(batch, target, backend, since, played)
+        _judge_batch(members, target, backend, since, played)
     return played
+
+
+class _Batch(Enum):
+    """Cases that may be played side by side, in this order."""
+
+    STRANGERS = "any outside recipient at the backend is a relay"
+    WORDS = "the same; and a word that the backend must not hear is not said by another case's right"
+    OTHERS = "those who may send outside"
+    LOADS = "one by one"
+
+
+def _batch_of(case: Case) -> _Batch:
+    if any("load" in step for step in case.steps):
+        return _Batch.LOADS
+    if case.client != "stranger":
+        return _Batch.OTHERS
+    return _Batch.WORDS if "command" in case.never else _Batch.STRANGERS
 
 
 def _slowest_first(play: Play) -> float:
