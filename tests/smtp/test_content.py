@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gatepost.smtp.command import Data, Quit
 from gatepost.smtp.content import LINE_OCTETS_CEILING, BdatReceiver, ContentLimits, DataReceiver, Defect, stuff
+from gatepost.smtp.reply import Reply
+from gatepost.smtp.server import NEED_DATA, ContentChunk, ContentEnded, ServerEngine
 
+LONG_LINE = b"x" * 1200 + b"\r\n"
 LIMITS = ContentLimits(message_size_octets=10_000, content_line_octets=998, header_section_octets=2_000)
 
 
@@ -17,7 +21,8 @@ def feed(receiver: DataReceiver | BdatReceiver, octets: bytes, sizes: list[int])
     """Content, what is left behind its end, and whether it ended; fed in pieces of these sizes, over and over."""
     content, waiting, position, turn = b"", b"", 0, 0
     while True:
-        block, waiting, ended = receiver.take(waiting)
+        block, taken, ended = receiver.take(waiting)
+        waiting = waiting[taken:]
         content += block
         if ended:
             return content, waiting + octets[position:], True
@@ -254,14 +259,16 @@ def test_what_waits_for_more_is_bounded(junk: bytes, normalise: bool) -> None:
     receiver = DataReceiver(LIMITS._replace(normalise=normalise))
     waiting = b""
     for octet in junk * 3000:
-        _, waiting, ended = receiver.take(waiting + bytes([octet]))
+        waiting += bytes([octet])
+        _, taken, ended = receiver.take(waiting)
+        waiting = waiting[taken:]
         assert not ended
         assert len(waiting) <= (1000 if receiver.defect is None else 4)
     receiver_of_chunks = BdatReceiver(LIMITS._replace(normalise=normalise))
     receiver_of_chunks.begin(len(junk) * 1000, last=False)
     for octet in junk * 1000:
-        _, rest, _ = receiver_of_chunks.take(bytes([octet]))
-        assert rest == b""
+        _, taken, _ = receiver_of_chunks.take(bytes([octet]))
+        assert taken == 1
         assert len(receiver_of_chunks._line) <= 999
 
 
@@ -340,3 +347,44 @@ def test_bdat_is_read_as_the_rfc_says(parts: list[bytes], normalise: bool, sizes
         if fine:
             assert found == content
             assert receiver.dotted == (b"\r\n." in b"\r\n" + content)
+
+
+@given(
+    st.lists(st.integers(4000, 9000), min_size=1, max_size=6), st.sampled_from([b"", b"bare\n", b"x" * 1200 + b"\r\n"])
+)
+@settings(max_examples=60, deadline=None)
+def test_long_reads_are_joined_at_one_line_only(sizes: list[int], flaw: bytes) -> None:
+    lines = [b"." * (n % 4) + b"text %d" % n + b"y" * (n * 37 % 300) for n in range(400)]
+    lines[200:200] = [b"."] if not flaw else []
+    body = b"\r\n" + b"".join(line + b"\r\n" for line in lines) + flaw
+    wire = stuff(body) + b".\r\nQUIT\r\n"
+
+    def play(pieces: list[bytes]) -> tuple[bytes, ContentEnded, object]:
+        engine = ServerEngine(frozenset(), LIMITS._replace(message_size_octets=0))
+        content = b""
+        ended: ContentEnded | None = None
+        event: object = None
+        for piece in [b"EHLO x\r\nMAIL FROM:<a@b.test>\r\nRCPT TO:<c@d.test>\r\nDATA\r\n", *pieces]:
+            engine.receive(piece)
+            while (event := engine.next_event()) is not NEED_DATA and not isinstance(event, Quit):
+                if isinstance(event, ContentChunk):
+                    content += event.octets
+                    continue
+                if isinstance(event, ContentEnded):
+                    ended = event
+                engine.respond(Reply(354 if isinstance(event, Data) else 250, "ok"))
+        assert ended is not None
+        return content, ended, event
+
+    pieces: list[bytes] = []
+    position = 0
+    while position < len(wire):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(wire[position : position + size])
+        position += size
+    content, ended, last = play(pieces)
+    assert isinstance(last, Quit), "what follows the content is read as a command"
+    assert (ended.defect is not None) == bool(flaw)
+    if not flaw:
+        assert content == body
+        assert ended == play([wire])[1]

@@ -90,13 +90,13 @@ class _Inspector:
         self.eight_bit = False
         self.dotted = False
 
-    def _whole_lines(self, octets: bytes) -> int:
-        """How many of the octets are whole lines."""
-        cut = octets.rfind(b"\n") + 1
+    def _whole_lines(self, octets: bytes, start: int = 0) -> int:
+        """Where the whole lines that begin at ``start`` end; ``start`` if there is none."""
+        cut = octets.rfind(b"\n", start) + 1
         if self._limits.normalise:
             # A bare CR ends a line, too; what the CR at the very end is, the next octet tells.
-            cut = max(cut, octets.rfind(b"\r", 0, -1) + 1)
-        return cut
+            cut = max(cut, octets.rfind(b"\r", start, -1) + 1)
+        return cut or start
 
     def _judge(self, block: bytes, *, no_bare_cr: bool = False) -> Defect | None:
         """What forbids this block to pass, if anything; else it is counted.
@@ -166,29 +166,29 @@ class DataReceiver(_Inspector):
         super().__init__(limits)
         self._after_crlf = True  # the CRLF of the DATA line counts: "." at once ends an empty message
 
-    def take(self, octets: bytes) -> tuple[bytes, bytes, bool]:
+    def take(self, octets: bytes, start: int = 0) -> tuple[bytes, int, bool]:
         """Take what can be taken.
 
         Args:
-            octets: all octets received and not yet taken.
+            octets: all octets received and not yet taken begin at ``start``.
 
         Returns:
-            A block of whole lines (possibly empty; always empty once there is a defect), the octets not taken, and
-            whether content has ended; after the end the octets not taken are commands.
+            A block of whole lines (possibly empty; always empty once there is a defect), where the octets not taken
+            begin, and whether content has ended; after the end the octets not taken are commands.
         """
         if self.defect is not None:
-            return self._skip(octets)
+            return self._skip(octets, start)
         # RFC 5321 §4.5.3.1.6: a text line, its CR, and the period that transparency may have put before it.
         pending_max = self._line_max + 2
-        cut = self._whole_lines(octets)
-        if not cut:
-            if len(octets) > pending_max:
+        cut = self._whole_lines(octets, start)
+        if cut == start:
+            if len(octets) - start > pending_max:
                 self.defect = Defect.LINE_TOO_LONG
-                return self._skip(octets)
-            return b"", octets, False
-        body, rest, ended, plain = self._frame(octets, cut)
+                return self._skip(octets, start)
+            return b"", start, False
+        body, taken, ended, plain = self._frame(octets, start, cut)
         if not body:
-            return b"", rest, ended
+            return b"", taken, ended
         if self._limits.normalise:
             body = _ANY_NEWLINE.sub(b"\r\n", body)
             plain = False
@@ -199,55 +199,56 @@ class DataReceiver(_Inspector):
             if not self.dotted:
                 self.dotted = body.startswith(b".") or b"\r\n." in body
         self.defect = self._judge(body, no_bare_cr=plain)
-        if not ended and len(rest) > pending_max:
+        if not ended and len(octets) - taken > pending_max:
             self.defect = self.defect or Defect.LINE_TOO_LONG
         if self.defect is not None:
-            return (b"", rest, True) if ended else self._skip(rest)
-        return body, rest, ended
+            return (b"", taken, True) if ended else self._skip(octets, taken)
+        return body, taken, ended
 
-    def _frame(self, octets: bytes, cut: int) -> tuple[bytes, bytes, bool, bool]:
+    def _frame(self, octets: bytes, start: int, cut: int) -> tuple[bytes, int, bool, bool]:
         """Split at the end of content if it is there.
 
         Only CRLF.CRLF on the octets as received ends content, whatever else is tolerated afterwards.
 
+        Args:
+            cut: behind the last whole line.
+
         Returns:
-            A block, the octets not taken, whether content ended, and whether the block is known to hold no bare CR and
-            no line that begins with a period.
+            A block, where the octets not taken begin, whether content ended, and whether the block is known to hold no
+            bare CR and no line that begins with a period.
         """
-        if self._after_crlf and octets.startswith(b"."):
-            if octets.startswith(b".\r\n"):
-                return b"", octets[3:], True, True
+        if self._after_crlf and octets.startswith(b".", start):
+            if octets.startswith(b".\r\n", start):
+                return b"", start + 3, True, True
         else:
-            odd = _CR_OR_DOT.search(octets, 0, cut)
+            odd = _CR_OR_DOT.search(octets, start, cut)
             if odd is None:
-                self._after_crlf = octets.endswith(b"\r\n", 0, cut)
-                if cut == len(octets):
-                    return octets, b"", False, True
-                return octets[:cut], octets[cut:], False, True
+                self._after_crlf = octets.endswith(b"\r\n", start, cut)
+                return octets[start:cut], cut, False, True
             at = odd.start()
             if octets.startswith(b"\r\n.\r\n", at):
-                return octets[: at + 2], octets[at + 5 :], True, True
-        end = octets.find(b"\r\n.\r\n")
+                return octets[start : at + 2], at + 5, True, True
+        end = octets.find(b"\r\n.\r\n", start)
         if end >= 0:
-            return octets[: end + 2], octets[end + 5 :], True, False
-        self._after_crlf = octets.endswith(b"\r\n", 0, cut)
-        return octets[:cut], octets[cut:], False, False
+            return octets[start : end + 2], end + 5, True, False
+        self._after_crlf = octets.endswith(b"\r\n", start, cut)
+        return octets[start:cut], cut, False, False
 
-    def _skip(self, octets: bytes) -> tuple[bytes, bytes, bool]:
-        """Refused already: look for the real end only, keep nothing but what could be the beginning of it."""
+    def _skip(self, octets: bytes, start: int) -> tuple[bytes, int, bool]:
+        """Refused already: look for the real end only, leave nothing but what could be the beginning of it."""
         if self._after_crlf:
-            if octets.startswith(b".\r\n"):
-                return b"", octets[3:], True
-            if octets in (b"", b".", b".\r"):
-                return b"", octets, False
-        end = octets.find(b"\r\n.\r\n")
+            if octets.startswith(b".\r\n", start):
+                return b"", start + 3, True
+            if octets[start : start + 3] in (b"", b".", b".\r"):
+                return b"", start, False
+        end = octets.find(b"\r\n.\r\n", start)
         if end >= 0:
-            return b"", octets[end + 5 :], True
+            return b"", end + 5, True
         self._after_crlf = False
         for tail in (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r"):
-            if octets.endswith(tail):
-                return b"", tail, False
-        return b"", b"", False
+            if octets.endswith(tail, start):
+                return b"", len(octets) - len(tail), False
+        return b"", len(octets), False
 
 
 class BdatReceiver(_Inspector):
@@ -271,17 +272,17 @@ class BdatReceiver(_Inspector):
         if self._size_max and self.size_octets + len(self._line) + size_octets > self._size_max:
             self.defect = self.defect or Defect.TOO_LARGE
 
-    def take(self, octets: bytes) -> tuple[bytes, bytes, bool]:
+    def take(self, octets: bytes, start: int = 0) -> tuple[bytes, int, bool]:
         """Like ``DataReceiver.take``; ended means that this chunk has ended.
 
         The last line of the last chunk may lack its CRLF; it is emitted all the same and sending ends it.
         """
-        piece, rest = octets[: self._remaining], octets[self._remaining :]
-        self._remaining -= len(piece)
+        taken = min(start + self._remaining, len(octets))
+        self._remaining -= taken - start
         ended = not self._remaining
         if self.defect is not None:
-            return b"", rest, ended
-        pending = self._line + piece
+            return b"", taken, ended
+        pending = self._line + octets[start:taken]
         cut = len(pending) if ended and self.last else self._whole_lines(pending)
         block, self._line = pending[:cut], pending[cut:]
         if block:
@@ -294,8 +295,8 @@ class BdatReceiver(_Inspector):
             self.defect = Defect.LINE_TOO_LONG
         if self.defect is not None:
             self._line = b""
-            return b"", rest, ended
-        return block, rest, ended
+            return b"", taken, ended
+        return block, taken, ended
 
 
 def stuff(block: bytes) -> bytes:

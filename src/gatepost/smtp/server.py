@@ -40,6 +40,7 @@ from gatepost.smtp.command import (
 from gatepost.smtp.content import BdatReceiver, ContentLimits, DataReceiver, Defect
 from gatepost.smtp.reply import Reply
 
+JOIN_OCTETS = 1 << 12  # a longer read is not copied just to complete the line that began before it
 FLOOD_OCTETS = 1 << 16  # so much of one over-long line is read before the session is given up
 
 
@@ -155,6 +156,7 @@ class ServerEngine:
     """
 
     __slots__ = (
+        "_begun",
         "_buffer",
         "_content_octets",
         "_ended",
@@ -178,6 +180,7 @@ class ServerEngine:
         self.question: object | None = None
         self._next: State | None = None
         self._buffer = b""
+        self._begun = b""
         self._position = 0
         self._output: list[bytes] = []
         self._overlong_octets = 0
@@ -191,16 +194,19 @@ class ServerEngine:
         """Take what the peer sent.  After STARTTLS or the end of the session it is dropped.  RFC 3207 §4.2."""
         if self.state is State.TLS or self.state is State.CLOSED:
             return
-        if self._position < len(self._buffer):
-            self._buffer = self._buffer[self._position :] + octets
-        else:
-            self._buffer = octets
+        rest = self._buffer[self._position :] if self._position < len(self._buffer) else b""
         self._position = 0
+        if not rest:
+            self._buffer = octets
+        elif self.state is State.CONTENT and not self._begun and len(octets) > JOIN_OCTETS:
+            self._begun, self._buffer = rest, octets  # the line that began is joined alone, see _content()
+        else:
+            self._buffer = rest + octets
 
     @property
     def unread_octets(self) -> int:
         """Received and not yet taken: what a client sent without waiting for replies."""
-        return len(self._buffer) - self._position
+        return len(self._begun) + len(self._buffer) - self._position
 
     def next_event(self) -> Event | Signal:
         """The next thing the peer said, in order."""
@@ -248,7 +254,7 @@ class ServerEngine:
     def close(self) -> None:
         """Read no further command; an open question may still be answered."""
         self.state = State.CLOSED
-        self._buffer, self._position = b"", 0
+        self._buffer, self._begun, self._position = b"", b"", 0
 
     def data_to_send(self) -> bytes:
         """The octets of all replies since the last call."""
@@ -324,16 +330,33 @@ class ServerEngine:
         assert receiver is not None
         if self._ended:
             return self._content_ended(receiver)
-        octets = self._buffer[self._position :] if self._position else self._buffer
-        block, rest, self._ended = receiver.take(octets)
-        self._content_octets += len(octets) - len(rest)
-        self._buffer, self._position = rest, 0
+        block = self._begun_line(receiver) if self._begun else b""
+        if not block and not self._ended:
+            octets, start = self._buffer, self._position
+            block, self._position, self._ended = receiver.take(octets, start)
+            self._content_octets += self._position - start
         if block:
             return ContentChunk(block)
         ceiling = 2 * (self.limits.message_size_octets or self._content_octets) + FLOOD_OCTETS
         if receiver.defect is not None and self._content_octets > ceiling:
             return self._refuse(receiver.defect.reply, fatal=True)
         return self._content_ended(receiver) if self._ended else NEED_DATA
+
+    def _begun_line(self, receiver: DataReceiver | BdatReceiver) -> bytes:
+        """The line that began before the last read, alone, so that the read need not be copied to be joined to it."""
+        buffer = self._buffer
+        end = buffer.find(b"\n") + 1
+        line, self._begun = self._begun + buffer[:end], b""
+        if not end:
+            self._buffer = line + buffer
+            return b""
+        block, taken, self._ended = receiver.take(line)
+        self._content_octets += taken
+        if taken < len(line):  # the beginning of an end, perhaps
+            self._buffer = line[taken:] + buffer[end:]
+        else:
+            self._position = end
+        return block
 
     def _content_ended(self, receiver: DataReceiver | BdatReceiver) -> ContentEnded | ChunkEnded:
         self._ended = False
