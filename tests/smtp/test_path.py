@@ -200,6 +200,8 @@ def test_an_address_that_a_backend_might_route_says_so(octets: bytes, shape: Sha
         "elsewhere.test\uff01victim",  # fullwidth !
         "elsewhere.test\u01c3victim",  # retroflex click: best fit
         "elsewhere.test\u203cvictim",  # double exclamation mark
+        "a\u030eb",  # best fit: a quotation mark
+        "\u2500oQ",
         "\uff5c/bin/cat",
         "\u01c0cat",
         "\uff0ftmp",
