@@ -1,1 +1,6 @@
-"""What an operator's browser and monitoring see, served from a process of its own."""
+"""The console: what an operator sees over HTTP, from a process of its own.
+
+Why: it sums what the workers count and reads the state that the supervisor writes; however busy or broken it is, no
+    session waits for it.
+Trust: whoever reaches its address may read it; it changes nothing and holds no secret.
+"""

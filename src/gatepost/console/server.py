@@ -1,0 +1,85 @@
+"""The console's HTTP service: /metrics, /healthz, /readyz.
+
+Trust: requests come from whoever reaches the address; nothing of a request is used but its path and method.
+Promise: GET and HEAD only, no state changes; answers are never cached; nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from gatepost.console.exposition import CONTENT_TYPE, exposition
+from gatepost.console.readiness import readiness
+from gatepost.telemetry import BACKEND_STATE, Metrics, StatusBoard
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+CONNECTIONS_MAX = 100
+
+
+def application(metrics: Metrics, board: StatusBoard, version: str) -> FastAPI:
+    """The routes, over the memory that the supervisor shares with us."""
+    # The generated pages of API documentation load scripts from another host: there are none.
+    app = FastAPI(title="Gatepost", version=version, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        response.headers.update(_HEADERS)
+        return response
+
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    async def metrics_text() -> Response:
+        return Response(exposition(metrics, version), media_type=CONTENT_TYPE)
+
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
+    async def healthz() -> Response:
+        return JSONResponse({"status": "ok", "version": version})
+
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
+    async def readyz() -> Response:
+        backends = {sample.labels[0]: sample.value > 0 for sample in metrics.read(BACKEND_STATE)}
+        ready, body = readiness(board.read(), backends)
+        return JSONResponse(body, 200 if ready else 503)
+
+    return app
+
+
+async def serve(app: FastAPI, sock: socket.socket, lifeline: socket.socket) -> None:
+    """Answer on this listening socket until the lifeline's other end is closed."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=CONNECTIONS_MAX,
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=1,
+        )
+    )
+
+    async def live() -> None:
+        lifeline.setblocking(False)
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().sock_recv(lifeline, 1)
+        server.should_exit = True
+
+    async with asyncio.TaskGroup() as group:
+        living = group.create_task(live())
+        await server.serve(sockets=[sock])
+        living.cancel()
