@@ -22,7 +22,7 @@ from gatepost.backend.settings import BackendAddress, BackendSettings, EmbeddedM
 from gatepost.config import exposure, schema
 from gatepost.config.document import Document
 from gatepost.config.places import Path as Place
-from gatepost.config.values import address_text, domain
+from gatepost.config.values import ANY_IPV4, address_text, domain
 from gatepost.facts import IPAddress, client_address
 from gatepost.gate.settings import GateSettings, Limits, ListenSettings, Timeouts, TlsSettings
 from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Route, TrustEntry
@@ -129,7 +129,7 @@ def _own_name(document: Document) -> str:
 
 def _listens(document: Document) -> tuple[ListenSettings, ...]:
     if "listen" not in document.written:
-        document.problem((), 'no [[listen]] table: nothing would listen; write [[listen]] and address = "0.0.0.0:25"')
+        document.problem((), 'no [[listen]] table: nothing would listen; write [[listen]] and address = "host:port"')
     names: dict[str, str] = {}
     addresses: dict[tuple[str, int], str] = {}
     out = []
@@ -270,7 +270,7 @@ def _own_listener(address: BackendAddress, own: dict[tuple[str, int], str]) -> s
     for host in hosts:
         candidates = [host]
         if host.startswith("127.") or host == "::1":
-            candidates.append("::" if ":" in host else "0.0.0.0")
+            candidates.append("::" if ":" in host else ANY_IPV4)
         for candidate in candidates:
             if (candidate, address.port) in own:
                 return own[candidate, address.port]

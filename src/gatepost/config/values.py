@@ -23,6 +23,7 @@ from gatepost.smtp.path import AddressLiteral, parse_domain
 from gatepost.smtp.reply import LINE_OCTETS_MAX, Reply
 
 SECRET_OCTETS_MAX = 64 << 10
+ANY_IPV4 = str(IPv4Address(0))
 
 _SIZE = re.compile(r"([0-9]{1,15}) ?([A-Za-z]+)")
 _SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -48,11 +49,15 @@ def text(value: object) -> str:
 # --- Sizes and times --------------------------------------------------------------------------------------------------
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def size_octets(value: object) -> int:
     """A size with its unit, "50 MiB"; or 0."""
-    if value == 0 and not isinstance(value, bool):
-        return 0
-    if isinstance(value, int) and not isinstance(value, bool):
+    if _is_number(value):
+        if value == 0:
+            return 0
         raise ValueError('the unit is missing; write the size with it, such as "50 MiB"')
     match = _SIZE.fullmatch(text(value))
     if match is None:
@@ -73,9 +78,9 @@ def size_text(octets: int) -> str:
 
 def duration_s(value: object) -> float:
     """A time with its units, "30m", "7d", "1h30m"; or 0."""
-    if value == 0 and not isinstance(value, bool):
-        return 0.0
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if _is_number(value):
+        if value == 0:
+            return 0.0
         raise ValueError('the unit is missing; write the time with it, such as "30m"')
     match = _DURATION.fullmatch(text(value))
     if match is None or match.lastindex is None:
@@ -100,9 +105,8 @@ def expiry(value: object) -> float:
         return (moment - _EPOCH).total_seconds()
     if isinstance(value, date):
         return (datetime.combine(value, time(), UTC) - _EPOCH).total_seconds() + 86400
-    if isinstance(value, str):
-        raise ValueError("a date stands without quotes; write it as expires = 2027-06-30")
-    raise ValueError("this is not a date; write it as expires = 2027-06-30")
+    wrong = "a date stands without quotes" if isinstance(value, str) else "this is not a date"
+    raise ValueError(f"{wrong}; write it as expires = 2027-06-30")
 
 
 # --- Networks and addresses -------------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def host_port(value: object) -> tuple[str, int]:
         if not colon:
             host = written
     if not colon or not port:
-        raise ValueError(f'port is missing; write host:port, such as "{_bracketed(host) or "0.0.0.0"}:25"')
+        raise ValueError(f'port is missing; write host:port, such as "{_bracketed(host) or ANY_IPV4}:25"')
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise ValueError(f'"{port}" is not a port; write a number from 0 to 65535')
     return host, int(port)
@@ -185,7 +189,7 @@ def listen_address(value: object) -> tuple[str, int]:
         return "127.0.0.1", port
     if _address(host) is None:
         raise ValueError(
-            f'"{host}" is not an IP address; write the address to listen on, "0.0.0.0:{port}" or "[::]:{port}" for all'
+            f'"{host}" is not an IP address; write the address to listen on, or "{ANY_IPV4}:{port}" for all'
         )
     return host, port
 
@@ -285,7 +289,7 @@ def fingerprint(value: object) -> str:
     return digits
 
 
-# --- Replies and secrets -------------------------------------------------------------------------------------------------
+# --- Replies and secrets ----------------------------------------------------------------------------------------------
 
 
 def refusal(value: object) -> Reply:

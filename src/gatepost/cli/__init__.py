@@ -1,0 +1,114 @@
+"""``gatepost``: the command line.
+
+Why: what an administrator types.  Each command stands in a module of its own, loaded when it is typed, so that
+    ``gatepost --version`` loads nothing and a mistyped option costs no start of the gate.
+Trust: the person at the keyboard; arguments may be copied from mail, so they are parsed and shown as hostile text.
+Promise: exit code 0 as wished, 1 the answer is bad news, 2 it could not be done.  Errors go to standard error, with
+    ``--json`` also as JSON to standard output; a user's mistake is never a traceback.
+Sources: none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gatepost import __version__
+from gatepost.errors import ConfigError, GatepostError
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+DONE, BAD_NEWS, NOT_DONE = 0, 1, 2
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# Name, where it stands, what it does; in the order of a new gate's life.
+COMMANDS = (
+    ("run", "gatepost.cli.running:run", "Run the gate in the foreground."),
+    ("init", "gatepost.cli.init:init", "Write a first configuration."),
+    ("check", "gatepost.cli.check:check", "Check the configuration, and say in words what it allows."),
+    ("explain", "gatepost.cli.explain:explain", "Say what would become of one message, by which rule, and why."),
+    ("status", "gatepost.cli.running:status", "Say how the running gate is."),
+    ("reload", "gatepost.cli.running:reload", "Let the running gate read its configuration again."),
+    ("completion", "gatepost.cli.completion:completion", "Print the completion script for a shell."),
+    ("version", "gatepost.cli.completion:version", "Print the version."),
+)
+
+
+def build() -> App:
+    """The commands, none of them loaded yet."""
+    from cyclopts import App, Parameter
+
+    app = App(
+        name="gatepost",
+        help="An SMTP gateway that makes any mail server safe to put on the Internet.",
+        version=__version__,
+        version_flags=["--version"],
+        result_action="return_value",
+        default_parameter=Parameter(negative=()),
+    )
+    for name, place, text in COMMANDS:
+        app.command(place, name=name, help=text)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what was typed.
+
+    Returns:
+        The exit code.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    # Arguments and file names may be any octets; whatever the locale, showing them must not fail.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if tokens == ["--version"]:
+        sys.stdout.write(f"{__version__}\n")
+        return DONE
+    try:
+        code = _dispatch(_command_first(tokens))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # whoever reads us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOT_DONE
+    return code
+
+
+def _dispatch(tokens: list[str]) -> int:
+    from cyclopts import CycloptsError
+
+    try:
+        result = build()(tokens, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        command = f" {tokens[0]}" if tokens and tokens[0] in {name for name, _, _ in COMMANDS} else ""
+        _complain([" ".join(str(error).split()), f"gatepost{command} --help tells more"], tokens)
+        return NOT_DONE
+    except ConfigError as error:
+        _complain(error.problems, tokens)
+        return NOT_DONE
+    except GatepostError as error:
+        _complain([str(error)], tokens)
+        return NOT_DONE
+    return result if isinstance(result, int) else DONE
+
+
+def _command_first(tokens: list[str]) -> list[str]:
+    """``gatepost --config FILE check`` means ``gatepost check --config FILE``."""
+    for length in (2, 1):
+        head, rest = tokens[:length], tokens[length:]
+        if head and rest and (head[0] == "--config" if length == 2 else head[0].startswith("--config=")):
+            return [rest[0], *head, *rest[1:]]
+    return tokens
+
+
+def _complain(sentences: Sequence[str], tokens: Sequence[str]) -> None:
+    if "--json" in tokens:
+        sys.stdout.write(json.dumps({"valid": False, "problems": list(sentences)}, ensure_ascii=False, indent=2) + "\n")
+    for sentence in sentences:
+        sys.stderr.write(f"gatepost: {sentence}\n")

@@ -1,0 +1,215 @@
+"""A loaded configuration in words, for people who have to answer for it.
+
+Why: a grant that is read aloud is judged; a table of keys is skimmed.
+Trust: values that were judged before.
+Promise: one sentence an entry, nothing left out; the same facts as a structure for programs.
+Sources: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from gatepost.config import Config
+from gatepost.config.values import address_text, backend_address_text
+from gatepost.gate.settings import ListenSettings
+from gatepost.policy import relay
+from gatepost.policy.relay import DenyEntry, IPNetwork, Route, TrustEntry
+
+SHOWN_MAX = 50  # entries of one kind in text; the structure has them all
+
+_ROLES = {"mx": "mail for us from anybody", "submission": "AUTH required", "inside": "our own machines"}
+_LISTEN_TLS = {"none": "no TLS", "starttls": "STARTTLS", "implicit": "TLS from the first octet"}
+_BACKEND_TLS = {"off": "", "opportunistic": ", STARTTLS where offered", "required": ", STARTTLS required"}
+
+
+def summary(config: Config, now: float) -> dict[str, Any]:
+    """Everything that the configuration says, each rule with its sentence and its place.
+
+    Args:
+        now: seconds since the epoch, for what has expired.
+    """
+    gate = config.gate
+    rules = gate.rules
+    return {
+        "config": config.config_path,
+        "valid": True,
+        "problems": [],
+        "warnings": list(config.warnings),
+        "name": gate.name,
+        "data": gate.data,
+        "user": config.user,
+        "workers": gate.workers,
+        "console": address_text(*config.console_address),
+        "listeners": [
+            {"name": listen.name, "role": listen.role, "sentence": listen_sentence(listen), "where": listen.where}
+            for listen in gate.listens
+        ],
+        "local": [{"pattern": entry.pattern, "where": entry.where} for entry in rules.local],
+        "trust": [
+            {
+                "who": relay.who(entry),
+                "sentence": trust_sentence(entry, now),
+                "expires": moment_text(entry.expires_at),
+                "where": entry.where,
+            }
+            for entry in rules.trust
+        ],
+        "deny": [
+            {
+                "sentence": deny_sentence(entry, now),
+                "expires": moment_text(entry.expires_at),
+                "where": entry.where,
+            }
+            for entry in rules.deny
+        ],
+        "backends": [
+            {
+                "name": backend.name,
+                "addresses": list(map(backend_address_text, backend.addresses)),
+                "tls": backend.tls,
+                "takes": _takes(backend.name, rules.routes, rules.default_backend),
+                "where": backend.where,
+            }
+            for backend in gate.backends
+        ],
+    }
+
+
+def text(facts: dict[str, Any]) -> str:
+    """The summary for a person."""
+    runs = f"{facts['workers']} workers" if facts["workers"] != 1 else "1 worker"
+    lines = [
+        f"{facts['config'] or 'The embedded default'} is valid: {facts['name']}, {runs}, data in {facts['data']}"
+        + (f", as user {facts['user']}" if facts["user"] else ""),
+        *_section("Listens", [f"{at['name']}: {at['sentence']}" for at in facts["listeners"]]),
+        *_section("Takes mail from anybody for", [entry["pattern"] for entry in facts["local"]], empty="nobody"),
+        *_section("May send elsewhere", [entry["sentence"] for entry in facts["trust"]], empty="nobody"),
+        *_section("Refuses whatever else is allowed", [entry["sentence"] for entry in facts["deny"]]),
+        *_section(
+            "Hands mail on to",
+            [
+                f"{to['name']}: {', '.join(to['addresses'])}{_BACKEND_TLS[to['tls']]}; takes {to['takes']}"
+                for to in facts["backends"]
+            ],
+        ),
+        *_section("Metrics and health", [f"http://{facts['console']}/"]),
+        *_section("Warnings", facts["warnings"]),
+    ]
+    return "\n".join(lines)
+
+
+def _section(title: str, entries: list[str], *, empty: str = "") -> list[str]:
+    if not entries and not empty:
+        return []
+    shown = [f"  {entry}" for entry in entries[:SHOWN_MAX] or [empty]]
+    if len(entries) > SHOWN_MAX:
+        shown.append(f"  and {len(entries) - SHOWN_MAX:,} more; --json shows them all")
+    return ["", title, *shown]
+
+
+def listen_sentence(listen: ListenSettings) -> str:
+    """Such as "0.0.0.0:25, mail for us from anybody, STARTTLS"."""
+    parts = [", ".join(address_text(*address) for address in listen.addresses), _ROLES[listen.role]]
+    parts.append(_LISTEN_TLS[listen.tls])
+    if listen.proxy_from:
+        parts.append(f"PROXY header from {', '.join(listen.proxy_from)}")
+    if listen.bare_newlines == "normalise":
+        parts.append("bare newlines normalised")
+    return ", ".join(parts)
+
+
+def trust_sentence(entry: TrustEntry, now: float) -> str:
+    """Such as "10.1.0.0/16 may send anywhere as *@example.com, until 2027-06-30: office LAN, it@example.com"."""
+    where_to = _patterns(entry.forward_paths)
+    sentence = f"{_who(entry)} may send {'anywhere' if where_to == '*' else f'to {where_to}'}"
+    as_whom = _patterns(entry.reverse_paths)
+    if as_whom != "*":
+        sentence += f" as {as_whom}"
+    if entry.tls_minimum:
+        sentence += f" over TLS {entry.tls_minimum} or newer"
+    if entry.bare_newlines == "normalise":
+        sentence += ", bare newlines normalised"
+    rates = [
+        f"{number} {what}"
+        for number, what in ((entry.messages_per_hour, "messages"), (entry.recipients_per_hour, "recipients"))
+        if number
+    ]
+    if rates:
+        sentence += f", at most {' and '.join(rates)} an hour"
+    return sentence + _until(entry.expires_at, now) + _because(entry.why, entry.owner)
+
+
+def deny_sentence(entry: DenyEntry, now: float) -> str:
+    """Such as "mail from *@spam.test, with 550 5.7.1 Not from there, until 2027-01-01: complaint of 12 May"."""
+    if entry.network is not None:
+        sentence = f"clients in {_network(entry.network)}"
+    elif entry.host:
+        sentence = f"the host {entry.host}"
+    elif entry.helo:
+        sentence = f"clients that call themselves {entry.helo}"
+    elif entry.reverse_path is not None:
+        sentence = f"mail from {entry.reverse_path}"
+    else:
+        sentence = f"mail to {entry.forward_path}"
+    if entry.reply is not None:
+        sentence += f", with {entry.reply.octets().decode().rstrip()}"
+    return sentence + _until(entry.expires_at, now) + _because(entry.why, "")
+
+
+def moment_text(moment: float | None) -> str | None:
+    """When an entry ends: the last day on which it holds, or a time where it ends within a day."""
+    if moment is None:
+        return None
+    when = datetime(1970, 1, 1, tzinfo=UTC)
+    if moment % 86400 == 0:
+        return (when + timedelta(seconds=moment - 86400)).strftime("%Y-%m-%d")
+    return (when + timedelta(seconds=moment)).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _who(entry: TrustEntry) -> str:
+    if entry.network is not None:
+        return _network(entry.network)
+    if entry.host:
+        return f"the host {entry.host}"
+    if entry.listen:
+        return f"whoever comes to the listener {entry.listen}"
+    if entry.accounts:
+        return "whoever logged in" if "*" in entry.accounts else f"the accounts {', '.join(entry.accounts)}"
+    if entry.certificate:
+        return f"the client with the certificate {entry.certificate[:16]}..."
+    return "whoever logged in to the POP3 proxy"
+
+
+def _network(network: IPNetwork) -> str:
+    return str(network.network_address) if network.num_addresses == 1 else str(network)
+
+
+def _patterns(patterns: Iterable[object]) -> str:
+    written = list(map(str, patterns))
+    return "*" if not written or "*" in written else " or ".join(written)
+
+
+def _until(expires_at: float | None, now: float) -> str:
+    if expires_at is None:
+        return ""
+    return f", EXPIRED {moment_text(expires_at)}" if expires_at <= now else f", until {moment_text(expires_at)}"
+
+
+def _because(why: str, owner: str) -> str:
+    reasons = ", ".join(part for part in (why, owner) if part)
+    return f": {reasons}" if reasons else ""
+
+
+def _takes(name: str, routes: tuple[Route, ...], default: str) -> str:
+    taken = [
+        "all local domains" if pattern == "local" else "everything" if pattern == "*" else pattern
+        for route in routes
+        if route.backend == name
+        for pattern in (*(["local"] if route.local else []), *map(str, route.forward_paths))
+    ]
+    if name == default and "everything" not in taken:
+        taken.append("everything else" if routes else "everything")
+    return ", ".join(taken) or "nothing"
