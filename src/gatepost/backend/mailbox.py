@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import os
 import socket
 import threading
@@ -54,6 +55,7 @@ ENDED = Reply(503, "The transaction has ended", "5.5.1")
 DISK_FULL = Reply(452, "Not enough disk space, try again later", "4.3.1")
 DISK_ERROR = Reply(451, "Local error, try again later", "4.3.0")
 
+_NAME_MAX = 200  # file systems allow 255 octets
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _HARMLESS = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-+=.")
 
@@ -66,7 +68,11 @@ def directory_name(text: str) -> str:
     """
     octets = text.encode("utf-8").lower()  # bytes.lower() folds ASCII letters only: the Kelvin sign is no "k"
     name = "".join(chr(octet) if octet in _HARMLESS else f"%{octet:02X}" for octet in octets)
-    return "%2E" + name[1:] if name.startswith(".") else name
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > _NAME_MAX:  # "~" stands in no other name
+        name = f"{name[:_NAME_MAX // 2]}~{hashlib.blake2b(octets, digest_size=20).hexdigest()}"
+    return name
 
 
 def mailbox_directory(root: Path, mailbox: Mailbox) -> Path:

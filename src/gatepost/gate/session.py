@@ -53,7 +53,6 @@ _NO_AUTH = Reply(502, "AUTH is not offered on this connection", "5.5.1")
 _NO_LMTP = Reply(500, "This is SMTP: say EHLO", "5.5.1")
 _UNSYNCHRONISED = Reply(554, "Commands were sent without waiting for the reply (RFC 2920 3.1); closing", "5.5.0")
 _TOO_LARGE = Reply(552, "The message is larger than this server takes", "5.3.4")
-_UTF8_NOT_ASKED = Reply(553, "The address needs SMTPUTF8 in MAIL", "5.6.7")
 _ERRORS = Reply(421, "Too many errors; closing", "4.7.0")
 _TIMEOUT = Reply(421, "Timeout; closing", "4.4.2")
 _DRAINED = Reply(421, "This server is going down, try again later", "4.3.2")
@@ -322,8 +321,6 @@ class Session:
         recipients = self._transaction_record["recipients"]
         if len(recipients) < RECIPIENTS_LOGGED:
             recipients.append(record)
-        if not mail.parameters.smtputf8 and not command.forward_path.octets.isascii():  # RFC 6531 §3.4
-            return self._answered(record, _UTF8_NOT_ASKED)
         findings = server.rates.findings(transaction, command.forward_path)
         verdict = relay.decide(server.settings.rules, transaction, command.forward_path, findings)
         if not isinstance(verdict, Admit):

@@ -24,6 +24,8 @@ from gatepost.smtp.reply import LINES_MAX, Reply, from_backend
 LINE_OCTETS_MAX = 2048  # CRLF included; RFC 5321 §4.5.3.1.5 asks for 512 at least
 REPLY_OCTETS_MAX = 1 << 16
 MECHANISMS_MAX = 32
+KNOWN_MAX = 256
+KNOWN_OCTETS_MAX = 80
 
 DATA: Final = b"DATA\r\n"
 RSET: Final = b"RSET\r\n"
@@ -36,6 +38,8 @@ _LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n]*+))?\r\n")
 _EHLO_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]{0,62})(?:[ \t]+([\x21-\x7e \t]{0,480}))?")
 _SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 §4
 _MECHANISM = re.compile(r"[A-Z0-9_-]{1,20}")  # RFC 4422 §3.1
+# Replies of one line seen before, by the whole line: nearly all that a backend says are "250 2.1.5 Ok" and its like.
+_KNOWN: dict[bytes, Reply] = {}
 _HELLO_NAME = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
 
 
@@ -116,18 +120,31 @@ class ClientEngine:
         if not self.expected:
             # Covers response injection too: octets behind the 220 to STARTTLS were asked by nobody.
             return self._end("it spoke unasked")
+        if not self._lines:
+            end = buffer.find(b"\n", self._at) + 1
+            known = _KNOWN.get(buffer[self._at : end])
+            if known is not None:
+                self._at = end
+                self.expected -= 1
+                return known
         while True:
-            match = _LINE.match(buffer, self._at)
+            start = self._at
+            match = _LINE.match(buffer, start)
             if match is None:
                 return self._incomplete()
-            length = match.end() - self._at
+            length = match.end() - start
             if length > LINE_OCTETS_MAX:
                 return self._end("a reply line is too long")
             self._at = match.end()
             code, separator, text = match.groups()
             if separator != b"-" and not self._lines:
                 self.expected -= 1
-                return from_backend(int(code), [text or b""])
+                reply = from_backend(int(code), [text or b""])
+                if length <= KNOWN_OCTETS_MAX:
+                    if len(_KNOWN) >= KNOWN_MAX:
+                        _KNOWN.clear()
+                    _KNOWN[match[0]] = reply
+                return reply
             defect = self._continue(code, text or b"", length)
             if defect is not None:
                 return defect

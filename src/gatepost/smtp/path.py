@@ -26,7 +26,8 @@ import idna
 
 from gatepost.smtp.reply import Reply
 
-LOCAL_PART_OCTETS_MAX = 64  # RFC 5321 §4.5.3.1.1, quotes included
+# RFC 5321 §4.5.3.1.1 says 64 at least; addresses that encode another one (VERP, SRS) are longer.  Quotes included.
+LOCAL_PART_OCTETS_MAX = 200
 DOMAIN_OCTETS_MAX = 255  # RFC 5321 §4.5.3.1.2
 LABEL_OCTETS_MAX = 63  # RFC 1035 §2.3.4
 PATH_OCTETS_MAX = 256  # RFC 5321 §4.5.3.1.3, "<" and ">" included

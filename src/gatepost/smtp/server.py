@@ -165,6 +165,7 @@ class ServerEngine:
         "_overlong_octets",
         "_position",
         "_receiver",
+        "_smtputf8",
         "_swallow_octets",
         "_swallow_reply",
         "limits",
@@ -184,6 +185,7 @@ class ServerEngine:
         self._position = 0
         self._output: list[bytes] = []
         self._overlong_octets = 0
+        self._smtputf8 = False  # the open transaction's; RFC 6531 §3.4 lets its forward-paths hold UTF-8
         self._swallow_octets = 0
         self._swallow_reply: Reply | None = None
         self._ended = False
@@ -239,6 +241,8 @@ class ServerEngine:
                 self._receiver = None
         elif reply.positive and self._next is not None:
             self.state = self._next
+            if type(question) is Mail:
+                self._smtputf8 = question.parameters.smtputf8
             if self._next is State.CONTENT:
                 self._receiver = DataReceiver(self.limits)
                 self._content_octets = 0
@@ -269,7 +273,7 @@ class ServerEngine:
         line = self._line()
         if not isinstance(line, bytes):
             return line
-        command = parse_command(line, self.offered)
+        command = parse_command(line, self.offered, smtputf8=self._smtputf8)
         kind = type(command)
         if kind is Reply:
             return self._refuse(command, fatal=self._announces_chunk(line))  # type: ignore[arg-type]
