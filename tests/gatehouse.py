@@ -5,7 +5,7 @@
         name = "mx.example.com"
         [[listen]]
         name = "mx"
-        address = "127.0.0.1:{free_port()}"
+        address = "127.0.0.1:0"
         ...
     ''') as gate:
         smtplib.SMTP("127.0.0.1", gate.port) ...
@@ -19,14 +19,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +32,6 @@ from typing import Any, Self
 
 READY_S = 30.0
 STOP_S = 30.0
-_ADDRESS = re.compile(r"(?:\[[0-9a-f:.]+\]|[\w.-]+):(\d+)")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -58,7 +55,8 @@ class Gate:
         environment: added to the environment of the process.
 
     Attributes:
-        port: of the first listener; ``ports`` has all of them by listener name.
+        port: of the first listener; ``ports`` has the first of each listener by its name.
+        console_port: where /metrics, /healthz and /readyz are.
         output: lines of standard output so far, ``errors`` those of standard error.
     """
 
@@ -69,6 +67,7 @@ class Gate:
         self.output: list[str] = []
         self.errors: list[str] = []
         self.ports: dict[str, int] = {}
+        self.console_port = 0
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self._said = threading.Condition()
         self._readers: list[threading.Thread] = []
@@ -101,8 +100,8 @@ class Gate:
             reader.start()
             self._readers.append(reader)
         try:
-            line = self.wait_for_line(lambda text: text.startswith("ready"), READY_S)
-            self._find_ports(line)
+            self.wait_for_line(lambda text: text.startswith("ready"), READY_S)
+            self._find_ports()
         except BaseException:
             self.stop()
             raise
@@ -116,15 +115,12 @@ class Gate:
         with self._said:
             self._said.notify_all()
 
-    def _find_ports(self, ready: str) -> None:
-        """Ports as configured; for port 0 as the line ``ready`` names them, in the order of the listeners."""
-        listens = tomllib.loads(self.config.read_text(encoding="utf-8")).get("listen", [])
-        named = [int(port) for port in _ADDRESS.findall(ready)]
-        for index, listen in enumerate(listens):
-            address = listen["address"]
-            first = address[0] if isinstance(address, list) else address
-            port = int(first.rpartition(":")[2])
-            self.ports[listen.get("name", str(index))] = port or named[index]
+    def _find_ports(self) -> None:
+        """The ports as the gate says them itself, so that port 0 in the configuration does."""
+        ready = next(record for record in self.log() if record.get("event") == "ready")
+        for listener in ready["listeners"]:
+            self.ports.setdefault(listener["name"], _port(listener["address"]))
+        self.console_port = _port(ready["console"].rstrip("/"))
 
     @property
     def port(self) -> int:
@@ -231,6 +227,10 @@ class Gate:
     def said(self) -> str:
         """All output, for a failure's message."""
         return "\n".join(["--- gatepost.toml", self.config.read_text(), "--- output", *self.output, *self.errors])
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def _started(pid: int) -> str:

@@ -1,14 +1,18 @@
 """A gate around the bare engine, small enough to be right by reading: no socket, no clock, one local domain.
 
-It decides as the product does where a dialogue of the engine needs a decision (who may relay, what content is taken),
-and answers with replies of the same codes, so that one transcript holds for it and for the live gate.
+The engine and the relay policy are the product's own; what is between them here is the least that makes a dialogue,
+with replies of the same codes, so that one transcript holds for it and for the live gate.
 """
 
 from __future__ import annotations
 
+from ipaddress import ip_address, ip_network
+
+from gatepost.facts import Client, Session, Transaction
+from gatepost.policy import relay
 from gatepost.smtp.command import Data, Expn, Hello, Help, Mail, Noop, Quit, Rcpt, Rset, StartTls, Vrfy
 from gatepost.smtp.content import ContentLimits
-from gatepost.smtp.path import POSTMASTER
+from gatepost.smtp.path import NULL_REVERSE_PATH
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.server import (
     NEED_DATA,
@@ -20,9 +24,17 @@ from gatepost.smtp.server import (
     ServerEngine,
     State,
 )
+from gatepost.verdict import Admit
 
 KEYWORDS = ("8BITMIME", "CHUNKING", "DSN", "ENHANCEDSTATUSCODES", "HELP", "PIPELINING", "SIZE 52428800", "SMTPUTF8")
 LOCAL = "example.com"
+TRUSTED = "127.0.0.2"
+RULES = relay.RelayRules(
+    local=(relay.LocalPattern(LOCAL, "rules:1"),),
+    trust=(relay.TrustEntry("rules:2", network=ip_network(TRUSTED)),),
+    default_backend="mail",
+    postmaster_domain=LOCAL,
+)
 _LIMITS = ContentLimits()
 
 
@@ -43,7 +55,9 @@ class EnginePeer:
         piece_octets: int = 0,
         limits: ContentLimits = _LIMITS,
     ) -> None:
-        self._trusted = trusted
+        client = Client(ip_address(TRUSTED if trusted else "127.9.254.1"), 1025)
+        self._session = Session("TEST", client, "mx", "mx")
+        self._transaction = Transaction(self._session, NULL_REVERSE_PATH, 0, 0.0)
         self._tls_offered = tls
         self._tls = False
         self._limits = limits._replace(normalise=normalise)
@@ -121,16 +135,17 @@ class EnginePeer:
                 if parameters.size_octets and parameters.size_octets > self._limits.message_size_octets:
                     return Reply(552, "The message is larger than this server takes", "5.3.4")
                 self._smtputf8 = parameters.smtputf8
+                self._transaction = Transaction(self._session, reverse_path, 0, 0.0)
                 self._heard.append(b"MAIL FROM:<%b>%b" % (reverse_path.octets, parameters.octets(self.engine.offered)))
                 return Reply(250, "Sender OK", "2.1.0")
             case Rcpt(forward_path, parameters):
-                mailbox = forward_path.mailbox
                 if not self._smtputf8 and not forward_path.octets.isascii():
                     return Reply(553, "The address needs SMTPUTF8 in MAIL", "5.6.7")
-                local = mailbox is POSTMASTER or mailbox.domain == LOCAL
-                if not self._trusted and (not local or forward_path.shape.routing):
-                    return Reply(550, "Relaying is prohibited [TEST]", "5.7.1")
-                self._heard.append(b"RCPT TO:<%b>%b" % (forward_path.octets, parameters.octets(self.engine.offered)))
+                verdict = relay.decide(RULES, self._transaction, forward_path)
+                if not isinstance(verdict, Admit):
+                    return verdict.reason.reply("TEST")
+                admitted = verdict.recipient.forward_path.octets
+                self._heard.append(b"RCPT TO:<%b>%b" % (admitted, parameters.octets(self.engine.offered)))
                 return Reply(250, "Recipient OK", "2.1.5")
             case Data():
                 return Reply(354, "End the message with CRLF.CRLF")

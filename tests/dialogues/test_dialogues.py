@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.dialogues.engine import EnginePeer
+from tests.dialogues.engine import TRUSTED, EnginePeer
 from tests.dialogues.transcript import Dialogue, Disagreement, Player, Step, load, load_all
 from tests.gatehouse import Gate, free_port
 from tests.vectors.lenient import LenientBackend
 
 DIALOGUES = {dialogue.name: dialogue for dialogue in load_all()}
 ON_ENGINE = [name for name, dialogue in DIALOGUES.items() if not dialogue.only]
-TRUSTED = "127.0.0.2"
 TIMEOUT_S = 5.0
 
 
