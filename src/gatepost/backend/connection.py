@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
             ConnectionLost: here or from the future.
         """
         if self._lost is not None:
-            raise self._lost
+            raise self._lost  # as _check(), without the call: this is the hot path
         future: asyncio.Future[list[Reply]] = self._loop.create_future()
         self._future = future
         self._ask(replies)
@@ -157,8 +157,7 @@ class Connection(asyncio.Protocol):
             ConnectionLost: whether the message may have been taken says ``committed``.
             StorageError: the content could not be read; the connection must be closed without its end being sent.
         """
-        if self._lost is not None:
-            raise self._lost
+        self._check()
         future: asyncio.Future[list[Reply]] = self._loop.create_future()
         self._future = future
         self._ask(1)
@@ -227,6 +226,10 @@ class Connection(asyncio.Protocol):
         self._on_closed = on_closed
 
     # ---- inside
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     def _ask(self, replies: int) -> None:
         if self._due:
@@ -368,6 +371,7 @@ class Connection(asyncio.Protocol):
         reply = (await self.exchange(client.STARTTLS, 1, settings.command_timeout_s))[0]
         if reply.code != 220:
             raise ConnectFailed(f"{self.peer} refuses STARTTLS: {reply!r}", tls=True)
+        self._check()  # octets behind the 220 (response injection) have ended it.  RFC 3207 §6
         assert self._transport is not None
         try:
             transport = await self._loop.start_tls(
@@ -380,11 +384,12 @@ class Connection(asyncio.Protocol):
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             self.close()
             raise ConnectFailed(f"{self.peer}: TLS handshake failed: {error}", tls=True) from error
-        if transport is None or self._lost is not None:
-            # Octets that came behind the 220 (response injection) have ended the connection.  RFC 3207 §6.
+        if transport is None or not self.alive:
+            # It spoke inside TLS before it was asked, or is gone.
             if transport is not None:
                 transport.abort()
-            raise self._lost or ConnectionLost(f"{self.peer}: the connection ended in the TLS handshake")
+            self._check()
+            raise ConnectionLost(f"{self.peer}: the connection ended in the TLS handshake")
         self._transport = transport
         self._engine = ClientEngine()
         self.capabilities = Capabilities()

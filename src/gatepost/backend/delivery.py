@@ -223,7 +223,7 @@ class SmtpDelivery:
                 # We said 250 for this recipient and cannot take it back: nobody gets the message this time.
                 self._give_back()
                 return self._end_with(CHANGED)
-        self._pool.lendable[self] = self._pool.now()
+        self._pool.may_lend(self)
         return replies
 
     # ---- content

@@ -71,7 +71,7 @@ def directory_name(text: str) -> str:
     if name.startswith("."):
         name = "%2E" + name[1:]
     if len(name) > _NAME_MAX:  # "~" stands in no other name
-        name = f"{name[:_NAME_MAX // 2]}~{hashlib.blake2b(octets, digest_size=20).hexdigest()}"
+        name = f"{name[: _NAME_MAX // 2]}~{hashlib.blake2b(octets, digest_size=20).hexdigest()}"
     return name
 
 
@@ -95,8 +95,19 @@ class MailboxBackend:
         log: told what an operator should know.
     """
 
-    __slots__ = ("_executor", "_host", "_log", "_mailboxes", "_numbers", "_root", "healthy", "mailboxes_max", "name",
-                 "settings")  # fmt: skip
+    __slots__ = (
+        "_executor",
+        "_host",
+        "_log",
+        "_mailboxes",
+        "_making",
+        "_numbers",
+        "_root",
+        "healthy",
+        "mailboxes_max",
+        "name",
+        "settings",
+    )
 
     def __init__(
         self,
@@ -116,6 +127,7 @@ class MailboxBackend:
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="mailbox")
         self._numbers = count(1)
         self._mailboxes = -1  # counted when the first one is to be made
+        self._making = threading.Lock()
         # Maildir: a host name in a file name holds neither "/" nor ":".
         self._host = socket.gethostname().replace("/", "\\057").replace(":", "\\072") or "localhost"
 
@@ -205,16 +217,18 @@ class MailboxBackend:
         directory = mailbox_directory(self._root, mailbox)
         if (directory / "cur").is_dir():  # made last
             return directory
-        if not directory.is_dir():
-            if self._mailboxes < 0:
-                self._mailboxes = sum(1 for _ in self._root.glob("*/*"))
-            if self._mailboxes >= self.mailboxes_max:
-                return None
-            self._mailboxes += 1
-        for part in ("tmp", "new", "cur"):
-            (directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for made in (directory, directory.parent, self._root, self._root.parent):
-            _sync_directory(made)
+        with self._making:
+            if not directory.is_dir():
+                if self._mailboxes < 0:
+                    self._mailboxes = sum(1 for _ in self._root.glob("*/*"))
+                if self._mailboxes >= self.mailboxes_max:
+                    return None
+                self._mailboxes += 1
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for made in (directory.parent, directory, *(directory / part for part in ("tmp", "new", "cur"))):
+                made.mkdir(mode=0o700, exist_ok=True)
+            for holder in (directory, directory.parent, self._root, self._root.parent):
+                _sync_directory(holder)
         return directory
 
     def _draft(self, directory: Path, drafts: list[_Draft], head: bytes, content: Content) -> _Draft:

@@ -216,6 +216,13 @@ class Pool:
         self._resetting += 1
         connection.reset(self._reset_done)
 
+    def may_lend(self, lender: Lender) -> None:
+        """A transaction holds a connection from now on."""
+        now = self.now()
+        self.lendable[lender] = now
+        if self._waiters and self._park_timer is None and self._loop is not None:
+            self._park_timer = self._loop.call_at(now + self.settings.park_after_s, self._park_due)
+
     def _reset_done(self, connection: Connection, reply: Reply | None) -> None:
         self._resetting -= 1
         if reply is not None and 200 <= reply.code < 300:
