@@ -1,7 +1,8 @@
 """May this forward-path pass, and by what authority: the heart of the product.
 
 Why: a server that relays for strangers is found within hours.  The whole answer stands in this file.
-Trust: the facts come from the network, but parsed; the rules come from the administrator.
+Trust: the facts come from the network, but parsed; the rules come from the administrator, and ``config`` has made names
+    and domains in them canonical.
 Promise: pure and total; the first refusal or exactly one authority; the default is no.  Reverse-paths never confer a
     right, they only narrow one.  Nothing that a backend may read as another address passes for a stranger.
 Sources: RFC 5321 §3.6.2 (relaying is optional), §7.9 and appendix C (source routes), RFC 2505 §2.1 (anti-relay).
@@ -15,7 +16,16 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Generic, TypeVar
 
 from gatepost.facts import Session, Transaction
-from gatepost.smtp.path import AddressLiteral, ForwardPath, Mailbox, NullReversePath, Pattern, ReversePath, Shape
+from gatepost.smtp.path import (
+    AddressLiteral,
+    ForwardPath,
+    Mailbox,
+    Pattern,
+    Postmaster,
+    ReversePath,
+    Shape,
+    pattern_texts,
+)
 from gatepost.smtp.reply import Reply
 from gatepost.verdict import (
     Admit,
@@ -49,6 +59,8 @@ class TrustEntry:
     Attributes:
         reverse_paths, forward_paths: narrowing; empty means any.
         expires_at: seconds since the epoch, None for never.
+        tls_minimum: "1.2" grants nothing to a session in plain text or older TLS; "" is any.
+        reverse_texts, forward_texts: the same patterns for lookup; empty means any, for "*" among them narrows nothing.
     """
 
     where: str
@@ -67,6 +79,17 @@ class TrustEntry:
     recipients_per_hour: int = 0
     tls_minimum: str = ""
     bare_newlines: str = "refuse"
+    reverse_texts: frozenset[str] = field(init=False, repr=False, compare=False)
+    forward_texts: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reverse_texts", _narrowing(self.reverse_paths))
+        object.__setattr__(self, "forward_texts", _narrowing(self.forward_paths))
+
+
+def _narrowing(patterns: tuple[Pattern, ...]) -> frozenset[str]:
+    texts = frozenset(map(str, patterns))
+    return frozenset() if "*" in texts else texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +162,15 @@ def decide(
     """One forward-path: admitted with an authority, deferred, or refused.  RFC 5321 §3.3, §3.6.2.
 
     Args:
-        findings: rates that are used up (``rate_check``, ``MAILBOX_RATE``) as FAIL; others are ignored.
+        findings: rates that are used up (``rate_check``, ``MAILBOX_RATE``) as FAIL, and those that nobody could tell as
+            TEMPERROR, which never means yes; others are ignored.
 
     Returns:
         The first refusal in this order: denied, not authenticated where the listener demands it, too many recipients,
-        routing characters, not ours and not trusted, no backend; else Admit with exactly one authority.
+        routing characters, not ours and not trusted, no backend, too much in this hour; else Admit with one authority.
     """
-    refusal = denied(rules, transaction) or _denied_forward_path(rules, transaction, forward_path)
+    addressed = with_domain(rules, forward_path)
+    refusal = denied(rules, transaction) or _denied_forward_path(rules, transaction, forward_path, addressed)
     if refusal is not None:
         return refusal
     session = transaction.session
@@ -153,49 +178,72 @@ def decide(
         return Refuse(Reason.AUTH_REQUIRED)
     if rules.recipients_max and transaction.recipients >= rules.recipients_max:
         return Defer(Reason.TOO_MANY_RECIPIENTS)  # RFC 5321 §4.5.3.1.10
-    failed = {finding.check for finding in findings if finding.result is Result.FAIL}
-    if forward_path.shape is Shape.NO_DOMAIN:
-        if not rules.postmaster_domain:
-            return Refuse(Reason.NO_ROUTE)
-        # Bare <postmaster> is the postmaster of our first local domain.  RFC 5321 §4.1.1.3, §4.5.1
-        forward_path = ForwardPath(Mailbox("postmaster", rules.postmaster_domain), Shape.PLAIN)
-    local = local_domain(rules, forward_path)
-    if local is not None and not forward_path.shape.routing:
-        if MAILBOX_RATE in failed:
-            return Defer(Reason.RATE, local.where)
-        return _admit(rules, forward_path, local, is_local=True)
-    verdict = _by_trust(rules, transaction, forward_path, failed)
-    if isinstance(verdict, Trust):
-        return _admit(rules, forward_path, verdict, is_local=local is not None)
-    if verdict.reason is Reason.RELAYING and forward_path.shape.routing:
-        # To a backend that trusts us the address may mean another one: "a%b@ours", "b!a@ours", "@ours:a@b".
-        return Refuse(Reason.ROUTING, detail=forward_path.shape.name.lower())
-    return verdict
+    if addressed is None:
+        return Refuse(Reason.NO_ROUTE)
+    failed = {finding.check for finding in findings if finding.result in (Result.FAIL, Result.TEMPERROR)}
+    local = local_domain(rules, addressed)
+    authority: LocalDomain | Trust | Refuse | Defer
+    if local is not None and not addressed.shape.routing:
+        authority = Defer(Reason.RATE, local.where) if MAILBOX_RATE in failed else local
+    else:
+        authority = _by_trust(rules, transaction, addressed, failed)
+    if isinstance(authority, Refuse):
+        if authority.reason is Reason.RELAYING and addressed.shape.routing:
+            # To a backend that trusts us the address may mean another one: "a%b@ours", "b!a@ours", "@ours:a@b".
+            return Refuse(Reason.ROUTING, detail=addressed.shape.name.lower())
+        return authority
+    backend = _backend(rules, addressed, is_local=local is not None)
+    if not backend:
+        return Refuse(Reason.NO_ROUTE)
+    if isinstance(authority, Defer):
+        return authority
+    return Admit(AdmittedRecipient(addressed, authority, backend))
+
+
+def with_domain(rules: RelayRules, forward_path: ForwardPath) -> ForwardPath | None:
+    """The forward-path that is decided on and counted: bare <postmaster> is the postmaster of our first local domain.
+
+    Source: RFC 5321 §4.1.1.3, §4.5.1.
+
+    Returns:
+        None where there is no such domain.
+    """
+    if not isinstance(forward_path.mailbox, Postmaster):
+        return forward_path
+    if not rules.postmaster_domain:
+        return None
+    return ForwardPath(Mailbox("postmaster", rules.postmaster_domain), Shape.PLAIN)
 
 
 def denied(rules: RelayRules, transaction: Transaction) -> Refuse | None:
     """Whether a [[deny]] entry refuses this client, its HELO or its reverse-path, whatever else is allowed."""
-    index = rules.index
-    if not index.denies:
+    if not rules.deny:
         return None
-    session = transaction.session
-    candidates = [
-        *index.deny_networks.matching(session.client.address),
-        *(entry for host in session.hosts for entry in index.deny_hosts.get(host, ())),
-        *(entry for name in _names_above(session.hello.lower()) for entry in index.deny_helos.get(name, ())),
-        *index.deny_reverse_paths.matching(transaction.reverse_path),
-    ]
-    return _first_in_force(candidates, transaction.now)
+    index, session = rules.index, transaction.session
+    numbers = index.deny_networks.matching(session.client.address)
+    for host in session.hosts:
+        numbers += index.deny_hosts.get(host, ())
+    for name in _names_above(session.hello.lower().rstrip(".")):
+        numbers += index.deny_helos.get(name, ())
+    numbers += index.deny_reverse_paths.matching(transaction.reverse_path)
+    return _first_in_force(rules, numbers, transaction.now)
 
 
-def _denied_forward_path(rules: RelayRules, transaction: Transaction, forward_path: ForwardPath) -> Refuse | None:
-    if not rules.index.denies:
+def _denied_forward_path(
+    rules: RelayRules, transaction: Transaction, named: ForwardPath, addressed: ForwardPath | None
+) -> Refuse | None:
+    if not rules.deny:
         return None
-    return _first_in_force(list(rules.index.deny_forward_paths.matching(forward_path.mailbox)), transaction.now)
+    table = rules.index.deny_forward_paths
+    numbers = table.matching(named)
+    if addressed is not None and addressed is not named:
+        numbers += table.matching(addressed)
+    return _first_in_force(rules, numbers, transaction.now)
 
 
-def _first_in_force(candidates: list[DenyEntry], now: float) -> Refuse | None:
-    for entry in candidates:
+def _first_in_force(rules: RelayRules, numbers: list[int], now: float) -> Refuse | None:
+    for number in sorted(numbers):
+        entry = rules.deny[number]
         if entry.expires_at is None or now < entry.expires_at:
             return Refuse(Reason.DENIED, entry.where, entry.why, entry.reply)
     return None
@@ -222,44 +270,61 @@ def local_domain(rules: RelayRules, forward_path: ForwardPath) -> LocalDomain | 
 
 def grants(rules: RelayRules, session: Session) -> list[TrustEntry]:
     """The trust entries whose ``who`` matches this session, in the order of the file; expiry is not looked at."""
+    if not rules.trust:
+        return []
     index = rules.index
-    found = [
-        *index.trust_networks.matching(session.client.address),
-        *(entry for host in session.hosts for entry in index.trust_hosts.get(host, ())),
-        *index.trust_listens.get(session.listen, ()),
-    ]
+    numbers = index.trust_networks.matching(session.client.address)
+    for host in session.hosts:
+        numbers += index.trust_hosts.get(host, ())
+    numbers += index.trust_listens.get(session.listen, ())
     if session.identity is not None:
-        found += index.trust_accounts.get(session.identity.account, ())
-        found += index.trust_accounts.get("*", ())
-    if len(found) > 1:
-        found.sort(key=lambda entry: index.order[id(entry)])
-    return found
+        numbers += index.trust_accounts.get(session.identity.account, ())
+        numbers += index.trust_accounts.get("*", ())
+    return [rules.trust[number] for number in sorted(set(numbers))]
 
 
 def _by_trust(
     rules: RelayRules, transaction: Transaction, forward_path: ForwardPath, failed: set[str]
 ) -> Trust | Refuse | Defer:
-    """The first grant that covers this forward-path, or why none does."""
-    refusal: Refuse | Defer = Refuse(Reason.RELAYING)
+    """The first grant that covers this forward-path, or why none does.
+
+    Of several reasons a rate that is used up is told, for it passes; else that of the first entry in the file.
+    """
+    refusal: Refuse | Defer | None = None
     for entry in grants(rules, transaction.session):
-        if entry.expires_at is not None and transaction.now >= entry.expires_at:
-            refusal = Refuse(Reason.EXPIRED_TRUST, entry.where, entry.why)
-        elif entry.reverse_paths and not any(p.matches(transaction.reverse_path) for p in entry.reverse_paths):
-            refusal = Refuse(Reason.NARROWED, entry.where, "reverse_paths")
-        elif entry.forward_paths and not _within(entry, forward_path):
-            refusal = Refuse(Reason.NARROWED, entry.where, "forward_paths")
-        elif rate_check(entry.where) in failed:
-            refusal = Defer(Reason.RATE, entry.where, entry.why)
-        else:
-            return Trust(who(entry), entry.why, entry.owner, entry.where)
-    return refusal
+        missing = _missing(entry, transaction, forward_path)
+        if missing is None:
+            if rate_check(entry.where) not in failed:
+                return Trust(who(entry), entry.why, entry.owner, entry.where)
+            missing = Defer(Reason.RATE, entry.where, entry.why)
+        if refusal is None or (isinstance(refusal, Refuse) and isinstance(missing, Defer)):
+            refusal = missing
+    return refusal or Refuse(Reason.RELAYING)
 
 
-def _within(entry: TrustEntry, forward_path: ForwardPath) -> bool:
-    """A narrowed grant covers a forward-path only if no backend can read it as another one."""
-    if all(str(pattern) == "*" for pattern in entry.forward_paths):
-        return True
-    return not forward_path.shape.routing and any(p.matches(forward_path.mailbox) for p in entry.forward_paths)
+def _missing(entry: TrustEntry, transaction: Transaction, forward_path: ForwardPath) -> Refuse | Defer | None:
+    """Why this grant does not cover the forward-path, whatever its rates."""
+    if entry.expires_at is not None and transaction.now >= entry.expires_at:
+        return Refuse(Reason.EXPIRED_TRUST, entry.where, entry.why)
+    if entry.tls_minimum and _tls_version(transaction.session.tls) < _tls_version(f"TLSv{entry.tls_minimum}"):
+        return Refuse(Reason.NARROWED, entry.where, "tls_minimum")
+    if entry.reverse_texts and entry.reverse_texts.isdisjoint(pattern_texts(transaction.reverse_path)):
+        return Refuse(Reason.NARROWED, entry.where, "reverse_paths")
+    # A narrowed grant covers a forward-path only if no backend can read it as another one.
+    if entry.forward_texts and (
+        forward_path.shape.routing or entry.forward_texts.isdisjoint(pattern_texts(forward_path))
+    ):
+        return Refuse(Reason.NARROWED, entry.where, "forward_paths")
+    return None
+
+
+_TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+
+
+def _tls_version(name: str) -> int:
+    """Comparable; 0 for plain text and whatever else is no version."""
+    name = name.removesuffix(".0")
+    return 1 + _TLS_VERSIONS.index(name) if name in _TLS_VERSIONS else 0
 
 
 def who(entry: TrustEntry) -> str:
@@ -277,17 +342,15 @@ def who(entry: TrustEntry) -> str:
     return "pop3"
 
 
-def _admit(
-    rules: RelayRules, forward_path: ForwardPath, authority: LocalDomain | Trust, *, is_local: bool
-) -> RelayVerdict:
-    backend = rules.default_backend
-    for route in rules.routes:
-        if (route.local and is_local) or any(p.matches(forward_path.mailbox) for p in route.forward_paths):
-            backend = route.backend
-            break
-    if not backend:
-        return Refuse(Reason.NO_ROUTE)
-    return Admit(AdmittedRecipient(forward_path, authority, backend))
+def _backend(rules: RelayRules, forward_path: ForwardPath, *, is_local: bool) -> str:
+    """The backend of the first route that matches, "" where there is none."""
+    if rules.routes:
+        numbers = rules.index.routes.matching(forward_path)
+        if is_local:
+            numbers += rules.index.local_routes
+        if numbers:
+            return rules.routes[min(numbers)].backend
+    return rules.default_backend
 
 
 def literal_text(literal: AddressLiteral) -> str:
@@ -314,8 +377,15 @@ def _names_above(name: str) -> Iterator[str]:
         yield f"*.{parent}"
 
 
+_V4_BITS = 0xFFFFFFFF
+_V4_MAPPED = 0xFFFF  # the first 96 bits of ::ffff:0:0/96.  RFC 4291 §2.5.5.2
+
+
 class NetworkTable(Generic[_T]):
-    """Values by network; a lookup costs one step for each prefix length in use, however many networks there are."""
+    """Values by network; a lookup costs one step for each prefix length in use, however many networks there are.
+
+    ::ffff:192.0.2.1 is 192.0.2.1 here, too, whoever forgot to say so.
+    """
 
     __slots__ = ("_v4", "_v6")
 
@@ -325,62 +395,46 @@ class NetworkTable(Generic[_T]):
 
     def add(self, network: IPNetwork, value: _T) -> None:
         """Keep a value under a network."""
-        table = self._v4 if network.version == 4 else self._v6
+        table, number = self._v6, int(network.network_address)
         shift = network.max_prefixlen - network.prefixlen
-        prefix = int(network.network_address) >> shift
-        table.setdefault(shift, {}).setdefault(prefix, []).append(value)
+        if network.version == 4 or (number >> 32 == _V4_MAPPED and shift <= 32):
+            table, number = self._v4, number & _V4_BITS
+        table.setdefault(shift, {}).setdefault(number >> shift, []).append(value)
 
     def matching(self, address: IPv4Address | IPv6Address) -> list[_T]:
         """The values of all networks that hold the address."""
-        table = self._v4 if address.version == 4 else self._v6
-        if not table:
-            return []
-        number = int(address)
+        table, number = self._v4, int(address)
+        if address.version == 6:
+            if number >> 32 == _V4_MAPPED:
+                number &= _V4_BITS
+            else:
+                table = self._v6
         return [value for shift, prefixes in table.items() for value in prefixes.get(number >> shift, ())]
 
 
 class PathTable:
-    """Deny entries by address pattern: a lookup costs a few dictionary reads, however many patterns there are."""
+    """Numbers of rules by address pattern: a lookup costs a few dictionary reads, however many patterns there are."""
 
-    __slots__ = ("_entries",)
+    __slots__ = ("_numbers",)
 
     def __init__(self) -> None:
-        self._entries: dict[str, list[DenyEntry]] = {}
+        self._numbers: dict[str, list[int]] = {}
 
-    def add(self, pattern: Pattern, entry: DenyEntry) -> None:
-        """Keep an entry under a pattern."""
-        self._entries.setdefault(str(pattern).lower(), []).append(entry)
+    def add(self, pattern: Pattern, number: int) -> None:
+        """Keep a number under a pattern."""
+        self._numbers.setdefault(str(pattern), []).append(number)
 
-    def matching(self, path: ReversePath | object) -> Iterator[DenyEntry]:
-        """The entries whose pattern matches the path."""
-        if not self._entries:
-            return
-        for key in _pattern_keys(path):
-            yield from self._entries.get(key, ())
-
-
-def _pattern_keys(path: object) -> Iterator[str]:
-    """Every pattern, as text, that could match this path."""
-    yield "*"
-    if isinstance(path, NullReversePath):
-        yield "<>"
-    elif isinstance(path, Mailbox):
-        local_part = path.local_part.lower()
-        if isinstance(path.domain, AddressLiteral):
-            yield f"{local_part}@{literal_text(path.domain)}"
-            yield f"*@{literal_text(path.domain)}"
-        else:
-            yield f"{local_part}@{path.domain}"
-            yield f"*@{path.domain}"
-            for parent in _parents(path.domain):
-                yield f"*@*.{parent}"
+    def matching(self, path: ReversePath | ForwardPath) -> list[int]:
+        """The numbers of the rules whose pattern matches the path."""
+        if not self._numbers:
+            return []
+        return [number for text in pattern_texts(path) for number in self._numbers.get(text, ())]
 
 
 class RuleIndex:
-    """The rules of a RelayRules arranged for lookup; holds nothing that the rules do not."""
+    """The rules of a RelayRules arranged for lookup: by what is looked up, the places of rules in their tuples."""
 
     __slots__ = (
-        "denies",
         "deny_forward_paths",
         "deny_helos",
         "deny_hosts",
@@ -388,7 +442,8 @@ class RuleIndex:
         "deny_reverse_paths",
         "local_below",
         "local_exact",
-        "order",
+        "local_routes",
+        "routes",
         "trust_accounts",
         "trust_hosts",
         "trust_listens",
@@ -399,38 +454,43 @@ class RuleIndex:
         self.local_exact: dict[str, LocalDomain] = {}
         self.local_below: dict[str, LocalDomain] = {}
         for local in rules.local:
-            if local.pattern.startswith("*."):
-                self.local_below[local.pattern[2:]] = LocalDomain(local.pattern, local.where)
-            else:
-                self.local_exact[local.pattern] = LocalDomain(local.pattern, local.where)
-        self.trust_networks: NetworkTable[TrustEntry] = NetworkTable()
-        self.trust_hosts: dict[str, list[TrustEntry]] = {}
-        self.trust_listens: dict[str, list[TrustEntry]] = {}
-        self.trust_accounts: dict[str, list[TrustEntry]] = {}
-        self.order = {id(entry): number for number, entry in enumerate(rules.trust)}
-        for entry in rules.trust:
+            below = local.pattern.startswith("*.")
+            table = self.local_below if below else self.local_exact
+            table.setdefault(local.pattern[2:] if below else local.pattern, LocalDomain(local.pattern, local.where))
+        self.trust_networks: NetworkTable[int] = NetworkTable()
+        self.trust_hosts: dict[str, list[int]] = {}
+        self.trust_listens: dict[str, list[int]] = {}
+        self.trust_accounts: dict[str, list[int]] = {}
+        for number, entry in enumerate(rules.trust):
             if entry.network is not None:
-                self.trust_networks.add(entry.network, entry)
+                self.trust_networks.add(entry.network, number)
             elif entry.host:
-                self.trust_hosts.setdefault(entry.host, []).append(entry)
+                self.trust_hosts.setdefault(entry.host, []).append(number)
             elif entry.listen:
-                self.trust_listens.setdefault(entry.listen, []).append(entry)
-            for account in entry.accounts:
-                self.trust_accounts.setdefault(account, []).append(entry)
-        self.denies = bool(rules.deny)
-        self.deny_networks: NetworkTable[DenyEntry] = NetworkTable()
-        self.deny_hosts: dict[str, list[DenyEntry]] = {}
-        self.deny_helos: dict[str, list[DenyEntry]] = {}
+                self.trust_listens.setdefault(entry.listen, []).append(number)
+            else:
+                for account in entry.accounts:
+                    self.trust_accounts.setdefault(account, []).append(number)
+        self.deny_networks: NetworkTable[int] = NetworkTable()
+        self.deny_hosts: dict[str, list[int]] = {}
+        self.deny_helos: dict[str, list[int]] = {}
         self.deny_reverse_paths = PathTable()
         self.deny_forward_paths = PathTable()
-        for deny in rules.deny:
+        for number, deny in enumerate(rules.deny):
             if deny.network is not None:
-                self.deny_networks.add(deny.network, deny)
+                self.deny_networks.add(deny.network, number)
             elif deny.host:
-                self.deny_hosts.setdefault(deny.host, []).append(deny)
+                self.deny_hosts.setdefault(deny.host, []).append(number)
             elif deny.helo:
-                self.deny_helos.setdefault(deny.helo.lower(), []).append(deny)
+                self.deny_helos.setdefault(deny.helo.lower().rstrip("."), []).append(number)
             elif deny.reverse_path is not None:
-                self.deny_reverse_paths.add(deny.reverse_path, deny)
+                self.deny_reverse_paths.add(deny.reverse_path, number)
             elif deny.forward_path is not None:
-                self.deny_forward_paths.add(deny.forward_path, deny)
+                self.deny_forward_paths.add(deny.forward_path, number)
+        self.routes = PathTable()
+        self.local_routes: list[int] = []
+        for number, route in enumerate(rules.routes):
+            if route.local:
+                self.local_routes.append(number)
+            for pattern in route.forward_paths:
+                self.routes.add(pattern, number)
