@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 DONE, BAD_NEWS, NOT_DONE = 0, 1, 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-# Name, where it stands, what it does; in the order of a new gate's life.
+# Name, and where it stands; in the order of a new gate's life.
 COMMANDS = (
-    ("run", "gatepost.cli.running:run", "Run the gate in the foreground."),
-    ("init", "gatepost.cli.init:init", "Write a first configuration."),
-    ("check", "gatepost.cli.check:check", "Check the configuration, and say in words what it allows."),
-    ("explain", "gatepost.cli.explain:explain", "Say what would become of one message, by which rule, and why."),
-    ("status", "gatepost.cli.running:status", "Say how the running gate is."),
-    ("reload", "gatepost.cli.running:reload", "Let the running gate read its configuration again."),
-    ("completion", "gatepost.cli.completion:completion", "Print the completion script for a shell."),
-    ("version", "gatepost.cli.completion:version", "Print the version."),
+    ("run", "gatepost.cli.running:run"),
+    ("init", "gatepost.cli.init:init"),
+    ("check", "gatepost.cli.check:check"),
+    ("explain", "gatepost.cli.explain:explain"),
+    ("status", "gatepost.cli.running:status"),
+    ("reload", "gatepost.cli.running:reload"),
+    ("completion", "gatepost.cli.completion:completion"),
+    ("version", "gatepost.cli.completion:version"),
 )
 
 
@@ -48,10 +48,10 @@ def build() -> App:
         version=__version__,
         version_flags=["--version"],
         result_action="return_value",
-        default_parameter=Parameter(negative=()),
+        default_parameter=Parameter(negative=(), show_default=False),
     )
-    for name, place, text in COMMANDS:
-        app.command(place, name=name, help=text)
+    for name, place in COMMANDS:
+        app.command(place, name=name)
     return app
 
 
@@ -86,7 +86,7 @@ def _dispatch(tokens: list[str]) -> int:
     try:
         result = build()(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command = f" {tokens[0]}" if tokens and tokens[0] in {name for name, _, _ in COMMANDS} else ""
+        command = f" {tokens[0]}" if tokens and tokens[0] in dict(COMMANDS) else ""
         _complain([" ".join(str(error).split()), f"gatepost{command} --help tells more"], tokens)
         return NOT_DONE
     except ConfigError as error:

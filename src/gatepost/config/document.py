@@ -116,7 +116,7 @@ class Document:
 
     def _line(self, path: Path, sentence: str, value: object) -> str:
         label = path_label(path)
-        if value is not None and not SECRET_KEYS.intersection(path):
+        if value is not None and not may_be_secret(path):
             label += f" = {shown(value)}"
         return f"{self.places.at(path)}: {label}: {sentence}" if label else f"{self.places.at(path)}: {sentence}"
 
@@ -245,8 +245,11 @@ class Document:
         near = get_close_matches(name, sorted(known), n=1, cutoff=0.6)
         what = "table" if is_table else "key"
         homes = [label for label, model in _all_tables() if name in model.model_fields]
+        headings = {label.strip("[]").partition(".")[0]: label for label, _ in _all_tables()}
         if near:
             mend = f'did you mean "{near[0]}"?'
+        elif name in headings and len(path) > 1:
+            mend = f"write {headings[name]} on a line of its own, and its keys below it"
         elif homes and not is_table:
             mend = f"it belongs into {' or '.join(homes)}"
         else:
@@ -284,6 +287,13 @@ def _shown_bound(model: type[Table], key: str, bound: object) -> object:
         if isinstance(form, Form) and form.show is not None:
             return form.show(bound)
     return bound
+
+
+def may_be_secret(path: Path) -> bool:
+    """Whether a value here may hold a password, rightly or by mistake."""
+    if path[:1] == ("auth",):
+        return path[1:2] != ("verify",)
+    return bool(SECRET_KEYS.intersection(path[1:])) or (path[:1] == ("backend",) and "auth" in path[2:])
 
 
 def path_label(path: Path) -> str:

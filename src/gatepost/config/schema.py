@@ -236,10 +236,9 @@ class Backend(Table):
     auth: Annotated[
         Any,
         PlainValidator(
-            _absent(
-                "this version does not log in to a backend, which would refuse or misjudge the mail; remove the key"
-            )
+            _absent("this version does not log in to a backend, which would refuse the mail; remove the key"),
         ),
+        Form("table"),
     ] = Field(None, description="Refused: this version does not log in to a backend.")
 
 
@@ -279,8 +278,12 @@ class Trust(Table):
     forward_paths: Annotated[list[PathPattern], BeforeValidator(_several), AfterValidator(_filled)] | None = Field(
         None, description="Only to these. Default: any."
     )
-    messages_per_hour: Count = Field(0, description="At most so many messages in an hour, for each client.")
-    recipients_per_hour: Count = Field(0, description="At most so many recipients in an hour, for each client.")
+    messages_per_hour: Count = Field(
+        0, description="At most so many messages in an hour, all clients of this grant together."
+    )
+    recipients_per_hour: Count = Field(
+        0, description="At most so many recipients in an hour, all clients of this grant together."
+    )
     tls_minimum: TlsVersion | None = Field(
         None,
         description="Only over TLS of at least this version. In this version none below [tls] minimum is spoken.",
@@ -380,6 +383,7 @@ class Counters(Table):
                 "this version shares no counters, so that each machine would let the full rates through; remove the key"
             )
         ),
+        Form("text"),
     ] = Field(None, description="Refused: this version counts rates for one machine only and shares them with none.")
 
 
@@ -408,5 +412,5 @@ WHO_KEYS = {
 }
 """Exactly one of these stands in each entry."""
 
-SECRET_KEYS = frozenset({"auth", "url", "password", "secret", "token"})
+SECRET_KEYS = frozenset({"url", "password", "secret", "token"})
 """Keys whose values no message may show."""

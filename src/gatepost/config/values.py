@@ -224,6 +224,8 @@ def backend_address_text(address: BackendAddress) -> str:
 
 def domain(value: object) -> str:
     """A domain name, canonical."""
+    if _address(text(value)) is not None:
+        raise ValueError('this is an IP address; a name stands here, such as "mail.example.com"')
     try:
         return parse_domain(text(value))
     except ValueError as error:
