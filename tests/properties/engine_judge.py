@@ -40,13 +40,15 @@ class Result(NamedTuple):
     state: State
 
 
-def run(pieces: Iterable[bytes], *, normalise: bool, trusted: bool) -> Result:
+def run(
+    pieces: Iterable[bytes], *, normalise: bool = False, trusted: bool = False, limits: ContentLimits = LIMITS
+) -> Result:
     """Feed the engine piece by piece; after each piece what it keeps is measured."""
-    peer = EnginePeer(trusted=trusted, tls=True, normalise=normalise, limits=LIMITS)
+    peer = EnginePeer(trusted=trusted, tls=True, normalise=normalise, limits=limits)
     output = peer.receive()
     for piece in pieces:
         peer.send(piece)
-        _judge_memory(peer)
+        _judge_memory(peer, limits)
         output += peer.silent()
         if peer.silent():
             peer.receive()
@@ -61,9 +63,9 @@ def run(pieces: Iterable[bytes], *, normalise: bool, trusted: bool) -> Result:
     )
 
 
-def _judge_memory(peer: EnginePeer) -> None:
+def _judge_memory(peer: EnginePeer, limits: ContentLimits) -> None:
     engine = peer.engine
-    line = LIMITS.content_line_octets
+    line = limits.content_line_octets
     assert engine.unread_octets <= max(COMMAND_OCTETS_MAX, line) + 2, f"{engine.unread_octets} octets kept"
     receiver = engine._receiver
     if isinstance(receiver, BdatReceiver):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tests.properties.engine_judge import LIMITS, judge
+from tests.properties.engine_judge import LIMITS, judge, run
 from tests.vectors.player import Play, Target, load_cases
+
+from gatepost.smtp.content import ContentLimits
 
 TARGET = Target("127.0.0.1", 25, frozenset({"example.com"}))
 
@@ -64,7 +66,7 @@ openings = st.sampled_from([b"", HELLO, HELLO + MAIL + RCPT, HELLO + MAIL + RCPT
 cuts = st.lists(st.integers(0, 5000), max_size=12)
 modes = st.fixed_dictionaries({"normalise": st.booleans(), "trusted": st.booleans()})
 
-quickly = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(suppress_health_check=[HealthCheck.too_slow])  # how many examples: the profile says (conftest.py)
 
 
 @quickly
@@ -123,6 +125,32 @@ def test_published_attacks_damaged(name, data):
         at = data.draw(st.integers(0, len(octets)))
         octets[at : at + data.draw(st.integers(0, 3))] = data.draw(st.sampled_from([*FRAGMENTS, b""]))
     judge(bytes(octets), [len(octets) // 2])
+
+
+large_content = st.lists(
+    st.tuples(
+        st.sampled_from([b"line\r\n", b"..dot\r\n", b"x" * 998 + b"\r\n", b"\xff" * 70 + b"\r\n"]), st.integers(1, 9000)
+    ),
+    min_size=1,
+    max_size=4,
+).map(lambda runs: b"".join(line * min(times, 100_000 // len(line)) for line, times in runs))
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], max_examples=40)
+@given(large_content, st.lists(st.integers(1, 200_000), max_size=6), st.sampled_from([b"", b"bare\nLF\r\n", b"\0\r\n"]))
+def test_much_content_in_large_pieces(content, sizes, end):
+    """As a fast network delivers it: pieces larger than any line, cut anywhere in a line."""
+    octets = HELLO + MAIL + RCPT + b"DATA\r\n" + content + end + b".\r\nNOOP\r\n"
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(octets[at : at + size])
+        at += size
+    pieces.append(octets[at:])
+    small = [octets[at : at + 1400] for at in range(0, len(octets), 1400)]
+    result = run(pieces, limits=ContentLimits())
+    assert result == run(small, limits=ContentLimits())
+    unstuffed = content.replace(b"\r\n.", b"\r\n").removeprefix(b".")
+    assert result.messages == (() if end else (unstuffed,))
 
 
 def test_the_cases_are_seeds_too():

@@ -20,6 +20,7 @@ from tests.gatehouse import Gate, free_port
 from tests.vectors.lenient import MODES, LenientBackend
 from tests.vectors.player import Case, Played, Target, load_cases, play_all
 
+pytestmark = pytest.mark.slow
 CASES = load_cases()
 LOCAL = frozenset({"example.com", "xn--bcher-kva.example", "bücher.example"})
 
