@@ -47,6 +47,7 @@ def run(config_path: str | None) -> int:
     """
     from gatepost.gate.supervisor import Programs, Supervisor
 
+    _open_standard_descriptors()
     # -P: modules are not looked for in the directory we happen to be started in, which may be anybody's.
     program = (sys.executable, "-P", "-m", "gatepost.app")
 
@@ -65,6 +66,15 @@ def run(config_path: str | None) -> int:
         print(error, file=sys.stderr)  # noqa: T201  the log is for a gate that runs
         return 2
     return 0
+
+
+def _open_standard_descriptors() -> None:
+    """Where standard output is closed, the next socket would get its number, and the log would be written to it."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
 
 
 def _plan(config_path: str | None) -> Plan:
@@ -112,8 +122,12 @@ def _worker_main(options: argparse.Namespace) -> int:
     from gatepost.gate.server import Server
     from gatepost.gate.worker import Worker, abandon
 
-    metrics = Metrics(map_memory(options.metrics), options.index)
-    occupancy = Occupancy(map_memory(options.occupancy), options.index)
+    try:
+        metrics = Metrics(map_memory(options.metrics), options.index)
+        occupancy = Occupancy(map_memory(options.occupancy), options.index)
+    except ValueError as error:  # made by another version of this program
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
     log = SessionLog(1, _style(), lock=options.metrics, dropped=metrics.log_dropped)
     # Garbage in cycles is rare here, and a pass over everything is a pause for every session.
     gc.set_threshold(50_000, 20, 50)

@@ -29,7 +29,7 @@ from gatepost.telemetry import (
 class Console:
     def __init__(self) -> None:
         memory = memoryview(bytearray(Metrics.size_octets(2)))
-        Metrics.format(memory, 2)
+        Metrics.format(memory)
         self.workers = [Metrics(memory, 0), Metrics(memory, 1)]
         board = memoryview(bytearray(StatusBoard.SIZE_OCTETS))
         self.board = StatusBoard(board)

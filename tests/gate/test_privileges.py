@@ -13,10 +13,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import watchfiles
 
 from gatepost.errors import ConfigError
 from gatepost.gate import privileges
-from gatepost.gate.privileges import Instance, account_of, prepare_data, raise_open_files, warning_about
+from gatepost.gate.privileges import Instance, account_of, check_programs, prepare_data, raise_open_files, warning_about
 
 AM_ROOT = os.geteuid() == 0  # CI is; whoever is not, tests what holds then
 WHERE = "gatepost.toml"
@@ -103,6 +104,23 @@ def test_data_that_belongs_to_somebody_else_is_refused_with_its_mend(tmp_path: P
     passable(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot be written by the user nobody; `chown -R nobody: .*data` mends it"):
         prepare_data(str(data), account_of("nobody", WHERE), WHERE)
+
+
+def test_a_program_that_the_user_cannot_read_is_found_before_anything_starts(tmp_path: Path, monkeypatch):
+    account = account_of("nobody", WHERE)
+    passable(tmp_path)
+    program = tmp_path / "python"
+    program.touch(0o600)
+    for module in (os, privileges, watchfiles):
+        monkeypatch.setattr(module, "__file__", "/bin/sh")
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    check_programs(account, WHERE)
+    monkeypatch.setattr(sys, "executable", str(program))
+    if account is None:
+        check_programs(account, WHERE)
+        return
+    with pytest.raises(ConfigError, match=rf"user = 'nobody': that user cannot read {program}, a part of this gate"):
+        check_programs(account, WHERE)
 
 
 def test_a_link_planted_by_the_user_leads_root_nowhere(tmp_path: Path):

@@ -320,6 +320,16 @@ async def test_what_needs_a_restart_is_said(trial: Trial) -> None:
         assert "[gate] workers has changed; it takes effect at the next start" in [e["text"] for e in trial.events()]
 
 
+async def test_a_running_gate_does_not_move_to_other_data(trial: Trial, tmp_path: Path) -> None:
+    async with trial:
+        (port,) = await trial.ready()
+        trial.plan = replace(trial.plan, data=str(tmp_path / "other"))
+        trial.hup()
+        assert "[gate] data has changed" in (await trial.event("reload_refused"))["text"]
+        assert (await trial.greeting(port))[2] == "1"
+        assert not (tmp_path / "other").exists()
+
+
 async def test_a_changed_file_reloads(trial: Trial, tmp_path: Path) -> None:
     file = tmp_path / "gatepost.toml"
     file.write_text("one")

@@ -33,6 +33,16 @@ def test_a_state_that_is_too_large_leaves_the_old_one():
     assert len(reader.read()["a"]) == room
 
 
+def test_what_is_no_state_is_nothing():
+    memory = memoryview(bytearray(StatusBoard.SIZE_OCTETS))
+    header = memory[:16].cast("Q")
+    header[0], header[1] = 2, STATE_OCTETS_MAX * 2
+    assert StatusBoard(memory).read() == {}
+    header[1] = 2
+    memory[16:18] = b"[]"
+    assert StatusBoard(memory).read() == {}
+
+
 def test_a_writer_that_died_while_it_wrote_is_nothing_to_wait_for():
     memory = memoryview(bytearray(StatusBoard.SIZE_OCTETS))
     memory.cast("Q")[0] = 1

@@ -308,6 +308,14 @@ def test_several_transactions_show_the_worst_and_count_all():
     assert line.endswith("; connection lost")
 
 
+def test_a_long_path_is_cut_before_the_number_of_the_others():
+    many = record()
+    many["transactions"][0]["recipients"] = [
+        {"forward_path": "a-rather-long-local-part@sub.example.com", "verdict": "admitted", "by": "x"}
+    ] * 12
+    assert re.search(r" <a-rather-lon[a-z-]*… \+11 +accepted ", human(many, 80))
+
+
 def test_deferred_content_and_a_refused_mail_command():
     deferred = record()
     deferred["transactions"][0]["verdict"] = "deferred"

@@ -27,7 +27,7 @@ from gatepost.verdict import Reason
 def shared(workers: int) -> list[Metrics]:
     """One Metrics a worker, and the supervisor's, over the same memory."""
     memory = memoryview(bytearray(Metrics.size_octets(workers)))
-    Metrics.format(memory, workers)
+    Metrics.format(memory)
     return [Metrics(memory, block) for block in range(workers + 1)]
 
 
@@ -146,7 +146,7 @@ def test_memory_of_another_version_is_refused():
     memory = memoryview(bytearray(Metrics.size_octets(1)))
     with pytest.raises(ValueError, match="restart it as a whole"):
         Metrics(memory, 0)
-    Metrics.format(memory, 1)
+    Metrics.format(memory)
     Metrics(memory, 1)
     with pytest.raises(ValueError, match="no block 2"):
         Metrics(memory, 2)
@@ -155,7 +155,7 @@ def test_memory_of_another_version_is_refused():
 def test_the_memory_of_several_processes_cannot_be_cut_off():
     descriptor = create_memory("test", Metrics.size_octets(1))
     memory = map_memory(descriptor)
-    Metrics.format(memory, 1)
+    Metrics.format(memory)
     Metrics(memory, 0).inc(LOG_DROPPED.at(), 5)
     with pytest.raises(PermissionError):
         os.ftruncate(descriptor, 0)

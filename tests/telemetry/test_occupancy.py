@@ -16,7 +16,7 @@ B = ip_address("192.0.2.2")
 
 def shared(workers: int) -> list[Occupancy]:
     memory = memoryview(bytearray(Occupancy.size_octets(workers)))
-    Occupancy.format(memory, workers)
+    Occupancy.format(memory)
     return [Occupancy(memory, row) for row in range(workers)]
 
 
@@ -116,6 +116,11 @@ def test_counts_are_never_too_low_and_end_at_nothing(visits: list[tuple[int, IPv
 
 def test_there_is_no_row_beyond_the_last():
     memory = memoryview(bytearray(Occupancy.size_octets(2)))
-    Occupancy.format(memory, 2)
+    Occupancy.format(memory)
     with pytest.raises(ValueError, match="no row 2"):
         Occupancy(memory, 2)
+
+
+def test_memory_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="restart it as a whole"):
+        Occupancy(memoryview(bytearray(Occupancy.size_octets(2) + 8)), 0)

@@ -40,7 +40,7 @@ class Times:
     wait_first_s: float = 1.0
     wait_max_s: float = 30.0
     start_tries: int = 3
-    apply_s: float = 60.0
+    apply_s: float = 300.0
     drain_s: float = 60.0
     cut_s: float = 3.0
     settle_s: float = 0.3

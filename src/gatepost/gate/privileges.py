@@ -15,10 +15,13 @@ import os
 import pwd
 import resource
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import watchfiles
 
 from gatepost.errors import ConfigError
 
@@ -115,6 +118,22 @@ def prepare_data(data: str, account: Account | None, where: str) -> None:
         else:
             mend = "it is no directory; write another path"
         raise ConfigError([f"{where}: [gate] data = {data!r} cannot be written by the user {user}; {mend}"])
+
+
+def check_programs(account: Account | None, where: str) -> None:
+    """See that the account may run this very program: below /root, as an example, it may not.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    needed = (sys.executable, os.__file__, __file__, watchfiles.__file__)  # interpreter, its library, ours, others'
+    with acting_as(account):
+        closed = [path for path in needed if not os.access(path, os.R_OK, effective_ids=True)]
+    if account is not None and closed:
+        mend = "install Gatepost where every user can read it, such as below /opt"
+        raise ConfigError(
+            [f"{where}: [gate] user = {account.name!r}: that user cannot read {closed[0]}, a part of this gate; {mend}"]
+        )
 
 
 class Instance:

@@ -148,11 +148,11 @@ class _Shared:
     def __post_init__(self) -> None:
         self.metrics_fd = create_memory("gatepost-metrics", Metrics.size_octets(self.workers))
         memory = map_memory(self.metrics_fd)
-        Metrics.format(memory, self.workers)
+        Metrics.format(memory)
         self.metrics = Metrics(memory, self.workers)
         self.occupancy_fd = create_memory("gatepost-occupancy", Occupancy.size_octets(self.workers))
         memory = map_memory(self.occupancy_fd)
-        Occupancy.format(memory, self.workers)
+        Occupancy.format(memory)
         self.occupancy = Occupancy(memory, 0)  # to clear rows; the supervisor has no sessions
         self.board_fd = create_memory("gatepost-status", StatusBoard.SIZE_OCTETS)
         self.board = StatusBoard(map_memory(self.board_fd))
@@ -222,6 +222,7 @@ class Supervisor:
             signal.SIGINT: self._asked_to_end,
             signal.SIGHUP: self._asked_to_reload,
         }
+        privileges.check_programs(self._account, plan.where)
         privileges.prepare_data(plan.data, self._account, plan.where)
         os.umask(0o077)
         instance = privileges.Instance(plan.data, self._account, plan.where)
@@ -370,7 +371,10 @@ class Supervisor:
         Returns:
             How it ended, as the rest of a sentence.
         """
-        ours, theirs = pair()
+        try:
+            ours, theirs = pair()
+        except OSError as error:
+            return f"could not be started: {error}"
         command = (
             *self._programs.worker,
             *("--channel", str(theirs.fileno())),
@@ -391,9 +395,11 @@ class Supervisor:
         worker.silent_ticks = 0
         worker.refusal = (0, "")
         try:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError):  # seen again when we listen
                 await self._configure(worker)
             await self._hear(worker, channel)
+        except OSError as error:
+            self._log.event("worker_defect", f"worker {worker.index}: {error}", Level.ERROR, worker=worker.index)
         finally:
             channel.close()
             # It has ended, or is about to: without its channel it has nothing to live for.
@@ -536,7 +542,11 @@ class Supervisor:
         before = self._plan
         self._fingerprint = _fingerprint(before.watch)
         try:
-            plan = self._load()
+            plan = await asyncio.to_thread(self._load)  # a long one must not keep signals and systemd waiting
+            if plan.data != before.data:
+                return self._stays(
+                    [f"{plan.where}: [gate] data has changed, and a running gate cannot move; restart it"]
+                )
             self._listeners.extend(plan.listens, privileged=self._account is None)
         except ConfigError as error:
             return self._stays(error.problems)
@@ -633,7 +643,7 @@ class Supervisor:
         patience_s, cut_s = self._times.drain_s, self._times.cut_s
         self._notify("STOPPING=1")
         if self._serving:
-            sessions = sum(worker.sessions for worker in self._workers)
+            sessions = self._shared.occupancy.sessions()
             text = (
                 f"draining: no new session; content in flight is awaited for up to {patience_s:g} s, "
                 "a second signal cuts it short"
@@ -727,6 +737,7 @@ class Supervisor:
                     "ready": worker.ready > 0,
                     "current": worker.ready == self._generation,
                     "answers": worker.silent_ticks < silent_ticks,
+                    "sessions": worker.sessions,
                     "restarts": worker.deaths,
                     "problem": worker.problem[:500],
                 }
@@ -771,7 +782,6 @@ def _at_next_start(before: Plan, after: Plan) -> list[str]:
         name
         for name, old, new in (
             ("[gate] workers", before.workers, after.workers),
-            ("[gate] data", before.data, after.data),
             ("[gate] user", before.user, after.user),
             ("[console] address", before.console, after.console),
         )

@@ -109,7 +109,9 @@ class Worker:
     async def _configure(self, message: Configure, descriptors: list[int]) -> None:
         octets, sockets = _taken(message.listeners, descriptors)
         try:
-            await self._service.apply(self._load(octets, message.path), sockets)
+            # In a thread: a configuration of a million networks takes a while, and sessions go on.
+            settings = await asyncio.to_thread(self._load, octets, message.path)
+            await self._service.apply(settings, sockets)
         except (GatepostError, OSError) as error:
             for group in sockets.values():
                 for sock in group:

@@ -7,7 +7,8 @@ Trust: hello names, paths and replies in a record come from strangers.  In JSON 
     zero-width characters, line separators) is shown as an escape, so a line is one line and says what it says.
 Promise: never blocks the event loop; the queue is bounded and what it drops is counted and said; lines of several
     processes on one pipe stay whole (a lock around each batch); what was logged before ``close`` is written, if anybody
-    reads.  A reader that goes away does not stop the gate.
+    reads.  A reader that goes away does not stop the gate.  A process that is killed takes the lines of its last
+    FLUSH_S along.
 Sources: RFC 8259 (JSON), RFC 3339 (time), no-color.org, Unicode general categories.
 """
 
@@ -30,6 +31,7 @@ FLUSH_S = 0.05
 BATCH_OCTETS = 64 << 10
 QUEUE_OCTETS_MAX = 4 << 20
 CLOSE_S = 2.0
+_COLUMNS = 100  # of a terminal that does not say
 
 _encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode  # ensure_ascii: see Trust
 
@@ -171,7 +173,9 @@ class SessionLog:
         self._dropped = 0  # written by the event loop's thread alone
         self._lost = 0  # written by the writing thread alone
         self._lost_counted = 0
-        self._columns = 100
+        self._columns = _COLUMNS
+        if style.terminal:
+            self._measure()
         self._wake = threading.Event()
         self._full = threading.Event()
         self._closing = False
@@ -305,9 +309,9 @@ class SessionLog:
 
     def _measure(self) -> None:
         try:
-            self._columns = os.get_terminal_size(self._descriptor).columns or 100
+            self._columns = os.get_terminal_size(self._descriptor).columns or _COLUMNS
         except OSError:
-            self._columns = 100
+            self._columns = _COLUMNS
 
 
 # ---- for a person's eyes
@@ -384,8 +388,7 @@ def human_session(record: SessionRecord, columns: int, *, colour: bool) -> str:
         verdict = "refused" if record["end"] == "refused" else "no mail"
     from_path = f"<{transactions[0]['reverse_path']}>" if transactions else "-"
     to_path = f"<{recipients[0]['forward_path']}>" if recipients else "-"
-    if len(recipients) > 1:
-        to_path += f" +{len(recipients) - 1}"
+    more = f" +{len(recipients) - 1}" if len(recipients) > 1 else ""
     client_columns = 15 if len(record["client"]) <= 15 else 39  # an IPv6 address may push the others aside
     path_columns = min(max((columns - 35 - 40) // 2, 18), 40)  # 35: time, client, verdict; 40: the reason's share
     return " ".join(
@@ -393,7 +396,7 @@ def human_session(record: SessionRecord, columns: int, *, colour: bool) -> str:
             _paint(_clock(record["time"]), "faint", on=colour),
             _fit(record["client"], client_columns),
             _fit(from_path, path_columns),
-            _fit(to_path, path_columns),
+            _fit(_fit(to_path, path_columns - len(more), pad=False) + more, path_columns),
             _paint(_fit(verdict, 8), verdict, on=colour),
             # The reason comes last: a narrow terminal wraps it rather than lose it.
             _fit(_why(record, words, verdict), _WHY_COLUMNS_MAX, pad=False),

@@ -182,8 +182,8 @@ RELOADS: Final = _declare(
 CATALOGUE: Final = tuple(_catalogue)
 CELLS: Final = _cells
 
-# Memory: digest of the layout, number of blocks, names of backends, blocks.
-_NAMES_AT = 16
+# Memory: digest of the layout, names of backends, blocks.  How many blocks there are, its sealed size says.
+_NAMES_AT = 8
 _BLOCKS_AT = _NAMES_AT + BACKENDS_MAX * BACKEND_NAME_OCTETS_MAX
 _DIGEST = hashlib.blake2b(
     repr([(f.name, f.kind, f.labels, f.values) for f in CATALOGUE]).encode(), digest_size=8
@@ -221,7 +221,7 @@ class Metrics:
         if bytes(memory[:8]) != _DIGEST:
             raise ValueError("Gatepost was replaced on disk while it ran: restart it as a whole")
         self._memory = memory
-        self._blocks = int.from_bytes(memory[8:16], "little")
+        self._blocks = (len(memory) - _BLOCKS_AT) // (CELLS * 8)
         self.block = block
         octets = self._octets(block)
         self._cells = octets.cast("q")
@@ -233,16 +233,15 @@ class Metrics:
         return _BLOCKS_AT + (workers + 1) * CELLS * 8
 
     @staticmethod
-    def format(memory: memoryview, workers: int) -> None:
+    def format(memory: memoryview) -> None:
         """Lay out zeroed memory; the supervisor calls this before anybody else sees it."""
-        memory[8:16] = (workers + 1).to_bytes(8, "little")
         memory[:8] = _DIGEST
 
     @classmethod
     def private(cls, workers: int = 1, block: int = 0) -> Metrics:
         """Metrics in memory of this process's own, for tests and tools."""
         memory = memoryview(bytearray(cls.size_octets(workers)))
-        cls.format(memory, workers)
+        cls.format(memory)
         return cls(memory, block)
 
     def _octets(self, block: int) -> memoryview:

@@ -31,7 +31,7 @@ _PLACES = 32_768
 _RATE_PLACES = 16_384
 _ROW_OCTETS = 8 + 2 * _PLACES * 4 + 2 * _RATE_PLACES * 8  # sessions in all, sessions by client, begun by client
 _KEY_OCTETS = 16
-_HEADER_OCTETS = 8 + _KEY_OCTETS  # number of rows, key
+_HEADER_OCTETS = _KEY_OCTETS  # then the rows; how many there are, the memory's sealed size says
 _COUNT_MAX = 0xFFFF
 _MINUTE_S = 60.0
 _PLACES_OF = struct.Struct("<4H").unpack
@@ -59,10 +59,12 @@ class Occupancy:
 
     def __init__(self, memory: memoryview, row: int) -> None:
         self._memory = memory
-        self._rows = int.from_bytes(memory[:8], "little")
+        self._rows, rest = divmod(len(memory) - _HEADER_OCTETS, _ROW_OCTETS)
+        if rest:
+            raise ValueError("Gatepost was replaced on disk while it ran: restart it as a whole")
         if not 0 <= row < self._rows:
             raise ValueError(f"there is no row {row}, there are {self._rows}")
-        self._hasher = hashlib.blake2b(key=bytes(memory[8:_HEADER_OCTETS]), digest_size=8)
+        self._hasher = hashlib.blake2b(key=bytes(memory[:_KEY_OCTETS]), digest_size=8)
         rows = [self._row(number) for number in range(self._rows)]
         totals = [octets[:8].cast("Q") for octets in rows]
         counts = [octets[8 : 8 + 2 * _PLACES * 4].cast("I") for octets in rows]
@@ -78,16 +80,15 @@ class Occupancy:
         return _HEADER_OCTETS + workers * _ROW_OCTETS
 
     @staticmethod
-    def format(memory: memoryview, workers: int) -> None:
+    def format(memory: memoryview) -> None:
         """Lay out zeroed memory with a new key; the supervisor calls this before anybody else sees it."""
-        memory[:8] = workers.to_bytes(8, "little")
-        memory[8:_HEADER_OCTETS] = secrets.token_bytes(_KEY_OCTETS)
+        memory[:_KEY_OCTETS] = secrets.token_bytes(_KEY_OCTETS)
 
     @classmethod
     def private(cls, workers: int = 1, row: int = 0) -> Occupancy:
         """A table in memory of this process's own, for tests and tools."""
         memory = memoryview(bytearray(cls.size_octets(workers)))
-        cls.format(memory, workers)
+        cls.format(memory)
         return cls(memory, row)
 
     def _row(self, row: int) -> memoryview:
