@@ -12,7 +12,7 @@ GOOD = """\
 # A page
 
 See [the other](docs/other.md), [a place in it](docs/other.md#what-its-a--b), [here](#a-page), [there](https://example.com/x).
-Code: in `src/gatepost/smtp/path.py`, that is `smtp/path.py`; `parse()` or `Path.parse()`; `/etc/gatepost/x.toml`.
+Code: in `src/gatepost/smtp/path.py`, that is `smtp/path.py`; `parse()` or `Path.parse()`; `/etc/x.toml`, `./x.toml`.
 
 ```toml
 [gate]
