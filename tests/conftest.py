@@ -1,8 +1,8 @@
 """What all tests share: hypothesis profiles, one row for what needs the real servers, and no silent skip in CI.
 
-Why: the real servers listen on fixed ports, so their tests run one after the other in one xdist worker, and everything
-    else runs beside them.  A test that is skipped because its server is missing says so in the summary, and fails CI,
-    where everything is installed.
+Why: the real servers are heavy to start and wait for each other's disk, so their tests run one after the other in one
+    xdist worker, and everything else runs beside them.  A test that is skipped because its server is missing says so in
+    the summary, and fails CI, where everything is installed.
 """
 
 from __future__ import annotations
