@@ -142,13 +142,14 @@ class Listener:
             return
         client = Client(client_address(peer[0]), peer[1])
         if self.settings.proxy_from and self.proxies.matching(client.address):
-            connection.task = self.server.spawn(self._after_preamble(connection, client))
+            # The reader first: the header may come with the connection, before the task's first step.
+            connection.reader = preamble = _Preamble()
+            connection.task = self.server.spawn(self._after_preamble(connection, client, preamble))
         else:
             self.begin(connection, client)
 
-    async def _after_preamble(self, connection: Connection, proxy: Client) -> None:
+    async def _after_preamble(self, connection: Connection, proxy: Client, preamble: _Preamble) -> None:
         """A listed proxy says first who the client is.  What it does not say is not guessed: the session ends."""
-        connection.reader = preamble = _Preamble()
         try:
             async with asyncio.timeout(self.server.settings.timeouts.proxy_header_s):
                 while preamble.outcome is None and await connection.more():
