@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -53,6 +53,7 @@ class Gate:
         directory: empty; gets gatepost.toml and the gate's data.
         config: the text of gatepost.toml.
         environment: added to the environment of the process.
+        within: a command that runs the program behind it in its own process, such as ``unshare --mount``.
 
     Attributes:
         port: of the first listener; ``ports`` has the first of each listener by its name.
@@ -60,7 +61,14 @@ class Gate:
         output: lines of standard output so far, ``errors`` those of standard error.
     """
 
-    def __init__(self, directory: Path, config: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: str,
+        environment: dict[str, str] | None = None,
+        *,
+        within: Sequence[str] = (),
+    ) -> None:
         self.directory = directory
         self.config = directory / "gatepost.toml"
         self.config.write_text(config, encoding="utf-8")
@@ -68,6 +76,7 @@ class Gate:
         self.errors: list[str] = []
         self.ports: dict[str, int] = {}
         self.console_port = 0
+        self._within = tuple(within)
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self._said = threading.Condition()
         self._readers: list[threading.Thread] = []
@@ -86,7 +95,7 @@ class Gate:
     def start(self) -> Self:
         """Start, and return when every listener accepts."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gatepost", "run", "--config", str(self.config)],
+            [*self._within, sys.executable, "-m", "gatepost", "run", "--config", str(self.config)],
             cwd=self.directory,
             env=self._environment,
             stdin=subprocess.DEVNULL,
