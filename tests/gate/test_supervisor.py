@@ -67,7 +67,7 @@ class Trial:
             data=str(directory / "data"),
             listens=(mx(),),
         )
-        self.error: ConfigError | None = None
+        self.error: Exception | None = None
         self.times = times
         self.notify_socket = notify_socket
         self.programs = Programs((sys.executable, WORKER), (sys.executable, "-c", "raise SystemExit(7)"))
@@ -271,17 +271,28 @@ async def test_hup_puts_a_new_configuration_in_force_without_closing_what_stays(
 async def test_a_configuration_that_does_not_load_leaves_the_old_one_in_force_and_says_so(trial: Trial) -> None:
     async with trial:
         (port,) = await trial.ready()
-        trial.error = ConfigError(["gatepost.toml:1: bad", "gatepost.toml:2: worse"])
+        error = trial.error = ConfigError(["gatepost.toml:1: bad", "gatepost.toml:2: worse"])
         trial.hup()
         last = await trial.event("reload_refused", 3)
-        assert [e["text"] for e in trial.events() if e["event"] == "reload_refused"][:2] == trial.error.problems
+        assert [e["text"] for e in trial.events() if e["event"] == "reload_refused"][:2] == error.problems
         assert last["text"] == "the configuration before this one stays in force"
         assert (await trial.greeting(port))[2] == "1"
-        assert trial.state()["reload"] == {"result": "refused", "problems": trial.error.problems}
+        assert trial.state()["reload"] == {"result": "refused", "problems": error.problems}
         trial.error = None
         trial.hup()
         await trial.event("reload")
         assert trial.state()["reload"]["result"] == "ok"
+
+
+async def test_not_even_our_own_fault_in_reading_a_file_ends_a_running_gate(trial: Trial) -> None:
+    async with trial:
+        (port,) = await trial.ready()
+        trial.error = KeyError("a fault of ours")
+        trial.hup()
+        text = (await trial.event("reload_refused"))["text"]
+        assert text == "gatepost.toml: Gatepost failed to read it (KeyError); please report it with the lines above"
+        assert "a fault of ours" in (await trial.event("fault"))["text"]
+        assert (await trial.greeting(port))[2] == "1"
 
 
 @pytest.mark.parametrize("word", [b"refuse", b"die"])

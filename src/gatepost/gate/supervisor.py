@@ -25,6 +25,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -542,7 +543,7 @@ class Supervisor:
         before = self._plan
         self._fingerprint = _fingerprint(before.watch)
         try:
-            plan = await asyncio.to_thread(self._load)  # a long one must not keep signals and systemd waiting
+            plan = await self._loaded()
             if plan.data != before.data:
                 return self._stays(
                     [f"{plan.where}: [gate] data has changed, and a running gate cannot move; restart it"]
@@ -566,6 +567,22 @@ class Supervisor:
             self._log.event("warning", text, Level.WARNING)
         self._log.event("reload", f"{plan.where} is in force", config=plan.path, generation=self._generation)
         return []
+
+    async def _loaded(self) -> Plan:
+        """The configuration as it is now.
+
+        Raises:
+            ConfigError: it does not load; also where the fault is ours: not even that ends a gate that runs.
+        """
+        # In a thread: a long one must not keep signals and systemd waiting.
+        (outcome,) = await asyncio.gather(asyncio.to_thread(self._load), return_exceptions=True)
+        if isinstance(outcome, Plan):
+            return outcome
+        if isinstance(outcome, ConfigError):
+            raise outcome
+        self._log.event("fault", "".join(traceback.format_exception(outcome)), Level.ERROR)
+        mend = "please report it with the lines above"
+        raise ConfigError([f"{self._plan.where}: Gatepost failed to read it ({type(outcome).__name__}); {mend}"])
 
     def _stays(self, problems: list[str]) -> list[str]:
         for problem in problems:
