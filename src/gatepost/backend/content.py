@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import BinaryIO
 
 from gatepost.errors import StorageError
@@ -93,9 +94,12 @@ class Content:
         self._held_octets = 0
 
     def chunks(self) -> Iterator[bytes]:
-        """The content from its beginning, as often as asked; each chunk is whole CRLF lines.
+        """The content from its beginning, as often as asked, once at a time; each chunk is whole CRLF lines.
 
-        The very last line may lack its CRLF (BDAT).  Raises StorageError when the file cannot be read.
+        The very last line may lack its CRLF (BDAT).
+
+        Raises:
+            StorageError: the file cannot be read, or the last of it not be written.
         """
         if self._file is None:
             yield from self._blocks
@@ -118,6 +122,7 @@ class Content:
     def close(self) -> None:
         """Forget the content."""
         self._release()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # a full disk: what was still to be written is not wanted any more
+                file.close()
