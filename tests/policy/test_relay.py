@@ -545,7 +545,8 @@ def test_a_deny_entry_never_lets_anything_through(world: World, at: int) -> None
     denies = world.rules.deny
     after = world.decide(deny=(*denies[:at], world.deny(), *denies[at:]))
     assert SEVERITY[type(after)] >= SEVERITY[type(before)]
-    assert after == before or (isinstance(after, Refuse) and after.reason is Reason.DENIED)
+    # A denied forward-path takes the routing characters from everybody: a backend might read it out of them.
+    assert after == before or (isinstance(after, Refuse) and after.reason in (Reason.DENIED, Reason.ROUTING))
 
 
 @often

@@ -77,6 +77,8 @@ def test_the_end_is_found_and_stuffing_removed(octets: bytes, content: bytes) ->
         (b"x" * 999 + b"\r\n.\r\n", Defect.LINE_TOO_LONG),
         (b"\r\n" + b"a\r\n" * 4000 + b".\r\n", Defect.TOO_LARGE),
         (b"a: b\r\n" * 400 + b"\r\n.\r\n", Defect.HEADER_SECTION_TOO_LARGE),
+        (b" continued: x\r\n.\r\n", Defect.CONTINUES),
+        (b"\tcontinued: x\r\na: b\r\n\r\n.\r\n", Defect.CONTINUES),
     ],
 )
 def test_a_defect_refuses_the_whole_message_after_its_real_end(octets: bytes, defect: Defect) -> None:

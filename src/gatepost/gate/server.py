@@ -190,12 +190,14 @@ class Rates:
 
     def findings(self, transaction: Transaction, forward_path: ForwardPath) -> list[Finding]:
         """The rates that this recipient would exceed."""
-        found = []
+        found: list[Finding] = []
         now = transaction.now
-        if self._per_mailbox and relay.local_domain(self._rules, forward_path) is not None:
-            count = self._counts.count(f"mailbox {str(forward_path.mailbox).lower()}", now)
-            if count >= self._per_mailbox:
-                found.append(Finding(relay.MAILBOX_RATE, Result.FAIL, f"{count} messages in this hour"))
+        if self._per_mailbox:
+            addressed = relay.with_domain(self._rules, forward_path)
+            if addressed is not None and relay.local_domain(self._rules, addressed) is not None:
+                count = self._counts.count(_mailbox_key(addressed), now)
+                if count >= self._per_mailbox:
+                    found.append(Finding(relay.MAILBOX_RATE, Result.FAIL, f"{count} messages in this hour"))
         if self._limited:
             for entry in relay.grants(self._rules, transaction.session):
                 if entry.where not in self._limited:
@@ -215,11 +217,15 @@ class Rates:
         authority = recipient.authority
         if isinstance(authority, LocalDomain):
             if self._per_mailbox:
-                self._counts.add(f"mailbox {str(recipient.forward_path.mailbox).lower()}", now)
+                self._counts.add(_mailbox_key(recipient.forward_path), now)
         elif authority.where in self._limited:
             if transaction.recipients == 0:
                 self._counts.add(f"messages {authority.where}", now)
             self._counts.add(f"recipients {authority.where}", now)
+
+
+def _mailbox_key(forward_path: ForwardPath) -> str:
+    return f"mailbox {forward_path}".lower()
 
 
 class Counts:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from gatepost.backend.content import Content
 from gatepost.errors import StorageError
-from gatepost.facts import Client
+from gatepost.facts import Client, Identity
 from gatepost.facts import Session as SessionFacts
 from gatepost.facts import Transaction as TransactionFacts
 from gatepost.gate.connection import Connection, Ended
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gatepost.gate.server import Listener, Server
 
 OTHER = "other"
+TOKEN_S = 60  # a session's trace token tells the time to the minute
 RECIPIENTS_LOGGED = 200  # of one transaction
 TRANSACTIONS_LOGGED = 100  # in one line; a longer session gets several lines
 OUTPUT_OCTETS = 1 << 14  # replies are collected while the client pipelines, but no more than this
@@ -73,8 +74,11 @@ class Session:
         "_mail",
         "_message_number",
         "_refusals",
+        "_sealed_at",
+        "_sealed_for",
         "_started",
         "_storage_failed",
+        "_token",
         "_transaction_record",
         "_transactions",
         "connection",
@@ -113,6 +117,9 @@ class Session:
         self._transaction_record: TransactionRecord
         self._closing = False
         self._end = ""
+        self._sealed_at = 0
+        self._sealed_for: Identity | None = None
+        self._token = ""
 
     def _new_engine(self) -> ServerEngine:
         """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
@@ -146,6 +153,9 @@ class Session:
             else:
                 self.engine.say(self.server.greeting)
                 await self._converse()
+        except asyncio.CancelledError:
+            self._end = self._end or "cut"
+            raise
         except Exception:
             # Ours: a fault in this program ends one session and is seen in the log; it never reaches a 250.
             self._end = "internal error"
@@ -367,9 +377,10 @@ class Session:
     async def chunk_ended(self, chunk: ChunkEnded) -> Reply:
         """A BDAT chunk that is not the last.  RFC 3030 §2."""
         if chunk.defect is not None:
-            self._finish(chunk.defect.reply, "content")
-            return chunk.defect.reply
-        return _NO_SPACE if self._storage_failed else _CHUNK_OK
+            return self._finish(chunk.defect.reply, "content")
+        if self._storage_failed:
+            return self._finish(_NO_SPACE, "storage")
+        return _CHUNK_OK
 
     async def content_ended(self, ended: ContentEnded) -> Reply:
         """All content is there: refuse it, or hand it on and say what the backend says.  RFC 5321 §4.2.5, §6.1."""
@@ -392,7 +403,7 @@ class Session:
             self.facts,
             server.settings.name,
             message,
-            server.trace_key.seal(self.facts, now),
+            self._trace_token(now),
             server.dates.text(now),
             utf8=self._mail.parameters.smtputf8,
         )
@@ -402,6 +413,13 @@ class Session:
         server.metrics.delivered(backend.name, server.loop.time() - began)
         # The one line where content is answered with 250: the reply is the backend's own.
         return self._finish(reply, "accepted" if reply.positive else "backend")
+
+    def _trace_token(self, seconds: int) -> str:
+        """What tells the operator which session this was; made again where it says something else."""
+        if self._sealed_at + TOKEN_S < seconds or self._sealed_for is not self.facts.identity:
+            self._sealed_at, self._sealed_for = seconds, self.facts.identity
+            self._token = self.server.trace_key.seal(self.facts, seconds)
+        return self._token
 
     async def rset(self, _: Rset) -> Reply:
         """Forget the transaction.  RFC 5321 §4.1.1.5."""

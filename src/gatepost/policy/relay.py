@@ -238,7 +238,11 @@ def _denied_forward_path(
     numbers = table.matching(named)
     if addressed is not None and addressed is not named:
         numbers += table.matching(addressed)
-    return _first_in_force(rules, numbers, transaction.now)
+    refusal = _first_in_force(rules, numbers, transaction.now)
+    if refusal is None and table and named.shape.routing:
+        # What is denied must not pass under a name that a backend may read as the denied one.
+        refusal = Refuse(Reason.ROUTING, detail=named.shape.name.lower())
+    return refusal
 
 
 def _first_in_force(rules: RelayRules, numbers: list[int], now: float) -> Refuse | None:
@@ -419,6 +423,9 @@ class PathTable:
 
     def __init__(self) -> None:
         self._numbers: dict[str, list[int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._numbers)
 
     def add(self, pattern: Pattern, number: int) -> None:
         """Keep a number under a pattern."""

@@ -38,6 +38,7 @@ class Defect(Enum):
     LINE_TOO_LONG = (550, "5.6.0", "The message holds a line that is too long (RFC 5321 4.5.3.1.6)")
     TOO_LARGE = (552, "5.3.4", "The message is larger than this server takes")
     HEADER_SECTION_TOO_LARGE = (552, "5.3.4", "The header section is larger than this server takes")
+    CONTINUES = (550, "5.6.0", "The message begins with a space or tab: it would continue the field put before it")
     LOOP = (554, "5.4.6", "Too many Received fields: this message goes round in circles")
 
     def __init__(self, code: int, status: str, wording: str) -> None:
@@ -112,6 +113,9 @@ class _Inspector:
         size = len(block)
         if size > self._line_max and self._has_long_line(block):
             return Defect.LINE_TOO_LONG
+        if not self.size_octets and block.startswith((b" ", b"\t")):
+            # RFC 5322 §2.2.3: white space folds a field.  The field before this one is ours, or the next server's.
+            return Defect.CONTINUES
         if self._in_header:
             defect = self._judge_header(block)
             if defect is not None:

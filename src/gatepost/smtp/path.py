@@ -19,6 +19,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from enum import Enum, unique
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple, NoReturn
 
@@ -120,23 +121,29 @@ class Mailbox(NamedTuple):
         Raises:
             ValueError: when the value was built by hand from text that has no form on the wire.
         """
-        text = f"{self.local_part}@{self.domain}"
-        return (text if _CANONICAL.fullmatch(text) else self._quoted()).encode()
-
-    def _quoted(self) -> str:
-        """The canonical form where the local-part needs quotes or the domain is a literal; both are looked at again."""
-        local_part = self.local_part
-        if not local_part or _NEVER.search(local_part):
-            raise ValueError(f"{local_part!a} cannot be a local-part")
-        if isinstance(self.domain, str) and parse_domain(self.domain) != self.domain:
-            raise ValueError(f"{self.domain!a} is not a canonical domain")
-        if _DOT_STRING.fullmatch(local_part) is None:
-            # RFC 5321 §4.1.2: no more quotes and quoted-pairs than the text needs.
-            local_part = '"' + local_part.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        return f"{local_part}@{self.domain}"
+        return _canonical(self).encode()
 
     def __str__(self) -> str:
-        return self.octets.decode()
+        return _canonical(self)
+
+
+@lru_cache(maxsize=8192)  # nearly all mail is for a few mailboxes
+def _canonical(mailbox: Mailbox) -> str:
+    text = f"{mailbox.local_part}@{mailbox.domain}"
+    return text if _CANONICAL.fullmatch(text) else _quoted(mailbox)
+
+
+def _quoted(mailbox: Mailbox) -> str:
+    """The canonical form where the local-part needs quotes or the domain is a literal; both are looked at again."""
+    local_part = mailbox.local_part
+    if not local_part or _NEVER.search(local_part):
+        raise ValueError(f"{local_part!a} cannot be a local-part")
+    if isinstance(mailbox.domain, str) and parse_domain(mailbox.domain) != mailbox.domain:
+        raise ValueError(f"{mailbox.domain!a} is not a canonical domain")
+    if _DOT_STRING.fullmatch(local_part) is None:
+        # RFC 5321 §4.1.2: no more quotes and quoted-pairs than the text needs.
+        local_part = '"' + local_part.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"{local_part}@{mailbox.domain}"
 
 
 class NullReversePath(Enum):
@@ -420,7 +427,7 @@ def _u_label(label: str) -> str:
 _ENCAPSULATED = re.compile(r"IMCEA(?!EX-)[A-Z0-9]*[-_ ]", re.IGNORECASE | re.ASCII)
 # Characters that end, group, quote or begin something in some reading of an address; "/" and "-" at the start make a
 # file or an option of it (Postfix allow_min_user), "|" a program, a dot there a hidden file (Exim's default ACL).
-_SPECIAL = re.compile(r"""[\x00-\x20\x7f"(),:;<>\[\\\]|]|\A[-./]|/\.\.?(?:/|\Z)""")
+_SPECIAL = re.compile(r"""[\x00-\x20\x7f"(),:;<>\[\\\]|`]|\$\{|\A[-./]|/\.\.?(?:/|\Z)""")
 
 # Default_Ignorable_Code_Point: a program that drops them sees what is left.  Unicode DerivedCoreProperties.
 _IGNORABLE = re.compile(
@@ -460,7 +467,7 @@ def _shape_of_text(local_part: str) -> Shape:
         return Shape.PERCENT
     if "!" in local_part:
         return Shape.BANG
-    if ("=?" in local_part and "?=" in local_part) or _ENCAPSULATED.match(local_part):
+    if ("=?" in local_part and "?=" in local_part) or "&#" in local_part or _ENCAPSULATED.match(local_part):
         return Shape.ENCODED
     if _SPECIAL.search(local_part):
         return Shape.SPECIAL
