@@ -5,8 +5,8 @@ Why: a trusted machine that was taken over, or a mail bomb to one mailbox, is st
 Trust: keys hold what clients chose; their places are chosen by a keyed hash, so that nobody can aim at another's.
 Promise: a file mapped by all workers, where each writes its own row only.  A count-min sketch: within one hour of the
     clock a count is never too low (but for workers that count at the same instant) and too high only by keys that share
-    both places: with N counted in an hour by about N / WIDTH.  Two buckets of an hour give a sliding hour: the hour before counts by the part of it that is
-    still within sixty minutes, as if its messages had come evenly.
+    both places: with N counted in an hour by about N / WIDTH.  Two buckets of an hour give a sliding hour: the hour
+    before counts by the part of it that is still within sixty minutes, as if its messages had come evenly.
 Sources: Cormode and Muthukrishnan, "An improved data stream summary: the count-min sketch" (2005).
 """
 
