@@ -23,6 +23,7 @@ from gatepost.telemetry import MESSAGES, RELOADS, SESSIONS, SESSIONS_OPEN
 
 ANSWER_OCTETS_MAX = 8 << 20
 HTTP_TIMEOUT_S = 5.0
+PID_MAX = 1 << 22  # proc(5)
 
 _SAMPLE = re.compile(r"([a-z_]+)(?:\{([^}]*)\})? ([0-9.eE+-]+|NaN)")
 _LABEL = re.compile(r'[a-z_]+="([^"]*)"')
@@ -78,7 +79,7 @@ def supervisor(pid_path: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            if number.isdigit() and int(number) > 1:
+            if number.isdigit() and 1 < int(number) <= PID_MAX:
                 return int(number)
             raise NotRunning(f"{pid_path} is held, but names no process; try again") from None
         raise NotRunning(f"no gate runs here: {pid_path} was left behind by one that ended")

@@ -126,7 +126,8 @@ def _reply(sock: socket.socket, engine: ClientEngine, end: float, clock: Callabl
 
 
 def _first_line(reply: Reply) -> str:
-    return reply.octets().decode("utf-8", "replace").splitlines()[0][:120].replace("-", " ", 1)
+    line = reply.octets().decode("utf-8", "replace").splitlines()[0][:120].replace("-", " ", 1)
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def _words(greeting: Reply, capabilities: Capabilities) -> str:
@@ -192,7 +193,7 @@ address = "127.0.0.1:8025"
 
 
 def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)  # a TOML basic string has the same escapes
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes, but for this one
 
 
 def _list(items: tuple[str, ...]) -> str:
