@@ -499,7 +499,7 @@ def test_init_needs_a_name_where_the_host_has_none(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("socket.getfqdn", lambda: "localhost")
     code, _, err = typed(capsys, "init", "--local-domain", "example.com", "--backend", "embedded:")
     assert code == 2
-    assert err == "gatepost: --name: the gate's name in DNS, which this host does not know itself is not said\n"
+    assert err == "gatepost: --name: the gate's name in DNS, which this host does not know itself, is not said\n"
 
 
 class Terminal:
@@ -551,7 +551,8 @@ def test_init_asks_on_a_terminal_and_asks_again_where_an_answer_is_wrong(tmp_pat
             ("port is missing", "127.0.0.1:2525"),
             ("Domains whose mail is ours:", ""),
             ("whose mail is ours is not said", "example.com, example.org"),
-            ('The mail server, host:port, or "embedded:" for a trial:', "embedded:"),
+            ('The mail server, host:port, or "embedded:" for a trial:', "10.0.0.5:25, 10.0.0.6:25"),
+            ("write one; more can be added to the file", "embedded:"),
             ("Networks or hosts that may send anywhere (Enter for none):", ""),
         ):
             terminal.expect(question)

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from gatepost import control
+from gatepost.errors import GatepostError
 
 METRICS = """\
 # HELP gatepost_sessions_total Sessions begun.
@@ -112,19 +113,19 @@ def test_a_gate_that_is_not_ready_is_no_error():
 def test_what_is_no_console_is_said(code, body):
     with Console() as console:
         console.pages["/readyz"] = (code, body)
-        with pytest.raises(control.NotRunning, match="is not a gate's console"):
+        with pytest.raises(GatepostError, match="is not a gate's console"):
             control.status(console.address)
 
 
 def test_where_nothing_listens_there_is_no_status():
     host, port = nothing_listens()
-    with pytest.raises(control.NotRunning) as error:
+    with pytest.raises(GatepostError) as error:
         control.status((host, port))
     assert str(error.value) == f"no gate's console answers at 127.0.0.1:{port}: Connection refused"
 
 
 def test_a_port_that_nobody_can_know_is_said():
-    with pytest.raises(control.NotRunning, match="has port 0, so that nobody can know it; give it a port"):
+    with pytest.raises(GatepostError, match="has port 0, so that nobody can know it; give it a port"):
         control.status(("127.0.0.1", 0))
 
 
@@ -142,26 +143,26 @@ def test_the_process_that_holds_the_lock_is_the_gate(tmp_path):
 def test_a_file_left_behind_counts_for_nothing(tmp_path):
     path = tmp_path / "gatepost.pid"
     path.write_text(f"{os.getpid()}\n")
-    with pytest.raises(control.NotRunning, match="was left behind by one that ended"):
+    with pytest.raises(GatepostError, match="was left behind by one that ended"):
         control.supervisor(str(path))
 
 
 def test_where_there_is_no_file_there_is_no_gate(tmp_path):
-    with pytest.raises(control.NotRunning, match=r"no gate runs here: .*: No such file or directory"):
+    with pytest.raises(GatepostError, match=r"no gate runs here: .*: No such file or directory"):
         control.supervisor(str(tmp_path / "gatepost.pid"))
 
 
 @pytest.mark.parametrize("text", ["", "1", "-5", "0", "abc", "99999999999999999999999999"])
 def test_a_held_file_without_a_process_of_its_own_is_not_signalled(tmp_path, text):
     path = tmp_path / "gatepost.pid"
-    with supervisor(path, text), pytest.raises(control.NotRunning):
+    with supervisor(path, text), pytest.raises(GatepostError):
         control.reload(str(path), nothing_listens(), patience_s=0)
 
 
 def test_a_link_is_not_followed(tmp_path):
     with supervisor(tmp_path / "other.pid"):
         (tmp_path / "gatepost.pid").symlink_to(tmp_path / "other.pid")
-        with pytest.raises(control.NotRunning):
+        with pytest.raises(GatepostError):
             control.supervisor(str(tmp_path / "gatepost.pid"))
 
 
@@ -203,6 +204,6 @@ def test_another_users_gate_cannot_be_asked(tmp_path, monkeypatch):
     path = tmp_path / "gatepost.pid"
     with supervisor(path):
         monkeypatch.setattr("os.kill", refuse)
-        with pytest.raises(control.NotRunning, match="cannot be asked: Operation not permitted"):
+        with pytest.raises(GatepostError, match="cannot be asked: Operation not permitted"):
             control.reload(str(path), nothing_listens())
         monkeypatch.undo()  # the process is to be ended with the true one

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gatepost import config, draft
 from gatepost.backend.settings import EmbeddedMailboxes, LmtpSocket, SmtpAddress
+from gatepost.errors import GatepostError
 
 SEEN = draft.Sighting(True, 'it says "220 mail.example.com" and offers PIPELINING')
 UNSEEN = draft.Sighting(False, "it cannot be reached: Connection refused")
@@ -223,7 +224,7 @@ def test_a_file_is_written_with_its_directories(tmp_path):
 def test_a_file_that_is_there_is_kept_unless_it_shall_go(tmp_path):
     path = tmp_path / "gatepost.toml"
     path.write_bytes(b"old")
-    with pytest.raises(draft.NotWritten, match="is there already; --force overwrites it, --output writes another"):
+    with pytest.raises(GatepostError, match="is there already; --force overwrites it, --output writes another"):
         draft.write(str(path), b"new", overwrite=False)
     assert path.read_bytes() == b"old"
     draft.write(str(path), b"new", overwrite=True)
@@ -233,14 +234,14 @@ def test_a_file_that_is_there_is_kept_unless_it_shall_go(tmp_path):
 
 def test_a_link_is_not_followed_into_a_new_file(tmp_path):
     (tmp_path / "gatepost.toml").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(draft.NotWritten):
+    with pytest.raises(GatepostError):
         draft.write(str(tmp_path / "gatepost.toml"), b"x", overwrite=False)
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(draft.NotWritten, match=r"cannot be written: (Not a directory|File exists)|is there already"):
+    with pytest.raises(GatepostError, match=r"cannot be written: (Not a directory|File exists)|is there already"):
         draft.write(str(tmp_path / "file" / "gatepost.toml"), b"x", overwrite=False)
-    with pytest.raises(draft.NotWritten, match="cannot be written"):
+    with pytest.raises(GatepostError, match="cannot be written"):
         draft.write("/proc/gatepost.toml", b"x", overwrite=False)

@@ -29,10 +29,6 @@ _SAMPLE = re.compile(r"([a-z_]+)(?:\{([^}]*)\})? ([0-9.eE+-]+|NaN)")
 _LABEL = re.compile(r'[a-z_]+="([^"]*)"')
 
 
-class NotRunning(GatepostError):
-    """There is no gate to talk to."""
-
-
 class Status(NamedTuple):
     """How the gate is.
 
@@ -68,12 +64,12 @@ def supervisor(pid_path: str) -> int:
     """The process id of the gate that runs on this data directory.
 
     Raises:
-        NotRunning: there is none; a file that a dead gate left behind counts for nothing, its lock went with it.
+        GatepostError: there is none; a file that a dead gate left behind counts for nothing, its lock went with it.
     """
     try:
         descriptor = os.open(pid_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
-        raise NotRunning(f"no gate runs here: {pid_path}: {error.strerror}") from None
+        raise GatepostError(f"no gate runs here: {pid_path}: {error.strerror}") from None
     try:
         number = os.pread(descriptor, 20, 0).strip()
         try:
@@ -81,8 +77,8 @@ def supervisor(pid_path: str) -> int:
         except BlockingIOError:
             if number.isdigit() and 1 < int(number) <= PID_MAX:
                 return int(number)
-            raise NotRunning(f"{pid_path} is held, but names no process; try again") from None
-        raise NotRunning(f"no gate runs here: {pid_path} was left behind by one that ended")
+            raise GatepostError(f"{pid_path} is held, but names no process; try again") from None
+        raise GatepostError(f"no gate runs here: {pid_path} was left behind by one that ended")
     finally:
         os.close(descriptor)
 
@@ -94,7 +90,7 @@ def status(console: tuple[str, int]) -> Status:
         console: host and port from the configuration.
 
     Raises:
-        NotRunning: nothing answers there.
+        GatepostError: nothing answers there.
     """
     code, answer = _get(console, "/readyz")
     try:
@@ -102,7 +98,7 @@ def status(console: tuple[str, int]) -> Status:
     except ValueError:
         body = None
     if not isinstance(body, dict) or code not in (200, 503):
-        raise NotRunning(f"what answers at {_at(console)} is not a gate's console")
+        raise GatepostError(f"what answers at {_at(console)} is not a gate's console")
     _, metrics = _get(console, "/metrics")
     samples = _samples(metrics.decode("utf-8", "replace"))
     return Status(
@@ -118,14 +114,14 @@ def reload(pid_path: str, console: tuple[str, int], *, patience_s: float = 15.0)
     """Let the gate read its configuration again, and see what came of it.
 
     Raises:
-        NotRunning: there is no gate, or it is another user's.
+        GatepostError: there is no gate, or it is another user's.
     """
     pid = supervisor(pid_path)
     before = _reloads(console)
     try:
         os.kill(pid, signal.SIGHUP)
     except OSError as error:
-        raise NotRunning(f"the gate (process {pid}) cannot be asked: {error.strerror}") from None
+        raise GatepostError(f"the gate (process {pid}) cannot be asked: {error.strerror}") from None
     end = time.monotonic() + patience_s
     while before is not None and time.monotonic() < end:
         time.sleep(0.1)
@@ -140,7 +136,7 @@ def reload(pid_path: str, console: tuple[str, int], *, patience_s: float = 15.0)
 def _reloads(console: tuple[str, int]) -> dict[str, int] | None:
     try:
         samples = _samples(_get(console, "/metrics")[1].decode("utf-8", "replace"))
-    except NotRunning:
+    except GatepostError:
         return None
     counts = {labels[0]: count for labels, count in samples.get(RELOADS.name, {}).items() if labels}
     return {"ok": counts.get("ok", 0), "refused": counts.get("refused", 0)}
@@ -149,7 +145,7 @@ def _reloads(console: tuple[str, int]) -> dict[str, int] | None:
 def _get(console: tuple[str, int], path: str) -> tuple[int, bytes]:
     host, port = console
     if port == 0:
-        raise NotRunning("[console] address has port 0, so that nobody can know it; give it a port")
+        raise GatepostError("[console] address has port 0, so that nobody can know it; give it a port")
     address = ip_address(host)
     if address.is_unspecified:
         host = "127.0.0.1" if address.version == 4 else "::1"
@@ -160,7 +156,7 @@ def _get(console: tuple[str, int], path: str) -> tuple[int, bytes]:
         return response.status, response.read(ANSWER_OCTETS_MAX)
     except (OSError, HTTPException) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or "no answer"
-        raise NotRunning(f"no gate's console answers at {_at(console)}: {why}") from None
+        raise GatepostError(f"no gate's console answers at {_at(console)}: {why}") from None
     finally:
         connection.close()
 

@@ -59,10 +59,6 @@ class Sighting(NamedTuple):
     capabilities: Capabilities = Capabilities()
 
 
-class NotWritten(GatepostError):
-    """The file could not be written, and nothing was changed."""
-
-
 def look_at(address: BackendAddress, hello: str, *, clock: Callable[[], float] = time.monotonic) -> Sighting:
     """Connect to a backend, hear its greeting and what it offers, and leave.
 
@@ -260,7 +256,7 @@ def write(path: str, octets: bytes, *, overwrite: bool) -> None:
     """Put the file there, whole or not at all.
 
     Raises:
-        NotWritten: there is a file and it is not to be overwritten, or the directory does not let us.
+        GatepostError: there is a file and it is not to be overwritten, or the directory does not let us.
     """
     target = Path(path)
     fresh = target.with_name(f".{target.name}.{os.getpid()}") if overwrite else target
@@ -276,6 +272,6 @@ def write(path: str, octets: bytes, *, overwrite: bool) -> None:
                 fresh.unlink(missing_ok=True)
                 raise
     except FileExistsError:
-        raise NotWritten(f"{path} is there already; --force overwrites it, --output writes another") from None
+        raise GatepostError(f"{path} is there already; --force overwrites it, --output writes another") from None
     except OSError as error:
-        raise NotWritten(f"{path} cannot be written: {error.strerror}") from None
+        raise GatepostError(f"{path} cannot be written: {error.strerror}") from None

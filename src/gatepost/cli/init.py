@@ -29,7 +29,8 @@ class Question(NamedTuple):
 
     Attributes:
         judge: the written answer to what stands in the file; ValueError with a sentence where it is wrong.
-        needed: what to say where there is no answer; "" where there need be none.
+        needed: what is not said where there is no answer; "" where there need be none.
+        single: whether one answer is all there may be.
     """
 
     option: str
@@ -37,6 +38,7 @@ class Question(NamedTuple):
     default: str
     judge: Callable[[str], str]
     needed: str = ""
+    single: bool = False
 
 
 def init(
@@ -69,7 +71,7 @@ def init(
     output = output or DEFAULT_OUTPUT
     asks = not non_interactive and not (local_domain and backend) and sys.stdin.isatty() and sys.stdout.isatty()
     if not force and (Path(output).exists() or Path(output).is_symlink()):
-        raise draft.NotWritten(f"{output} is there already; --force overwrites it, --output writes another")
+        raise GatepostError(f"{output} is there already; --force overwrites it, --output writes another")
     if asks:
         say(f"This writes {output}. Enter alone takes what stands in brackets.", "bold")
     (gate_name,) = _answers(_name_question(), [name] if name else None, asks=asks)
@@ -123,14 +125,20 @@ def _name_question() -> Question:
         "This gate's name in DNS",
         _own_name(),
         values.domain,
-        "the gate's name in DNS, which this host does not know itself",
+        "the gate's name in DNS, which this host does not know itself,",
+        single=True,
     )
 
 
 _LISTEN = Question("--listen", "Listen on, address:port", f"{values.ANY_IPV4}:25", _listen, "where clients come to")
 _LOCAL = Question("--local-domain", "Domains whose mail is ours", "", values.local_domain, "whose mail is ours")
 _BACKEND = Question(
-    "--backend", 'The mail server, host:port, or "embedded:" for a trial', "", _backend, "where accepted mail goes"
+    "--backend",
+    'The mail server, host:port, or "embedded:" for a trial',
+    "",
+    _backend,
+    "where accepted mail goes",
+    single=True,
 )
 _TRUST = Question("--trust", "Networks or hosts that may send anywhere (Enter for none)", "", draft.grantee)
 
@@ -145,9 +153,12 @@ def _answers(question: Question, given: list[str] | None, *, asks: bool) -> tupl
         except ValueError as error:
             wrong = str(error)
         else:
-            if answers or not question.needed:
+            if question.single and len(answers) > 1:
+                wrong = "write one; more can be added to the file"
+            elif question.needed and not answers:
+                wrong = f"{question.needed} is not said"
+            else:
                 return answers
-            wrong = f"{question.needed} is not said"
         if not asks:
             raise GatepostError(f"{question.option}: {wrong}")
         say(f"  {wrong}", "red")
