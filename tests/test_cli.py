@@ -188,6 +188,18 @@ def test_arguments_of_any_octets_are_shown(here):
     assert outcome.returncode == 2
     assert b"Traceback" not in outcome.stderr
     assert b"this is not an IP address" in outcome.stderr
+    assert b"\x1b" not in outcome.stderr
+
+
+def test_what_is_shown_cannot_steer_a_terminal(here, capsys):
+    hostile = '"\x1b[2J\u202e"@example.com'
+    code, out, err = explain(capsys, hostile, "--helo", "\x1b[2J")
+    assert code == 1
+    assert 'to "?[2J?"@example.com\n' in out
+    assert "\x1b" not in out + err
+    code, out, err = explain(capsys, hostile, "--json")
+    assert json.loads(out)["forward_path"] == hostile
+    assert out.isascii()
 
 
 def test_a_key_that_interrupts_is_no_traceback(monkeypatch):

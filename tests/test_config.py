@@ -1036,6 +1036,17 @@ def test_any_text_at_all_ends_in_a_config_or_a_config_error(text):
     assert all(problem.startswith("x.toml") for problem in found)
 
 
+def test_no_message_can_steer_a_terminal():
+    hostile = json.dumps("a\x1b[2J\u202e\n")
+    found = problems(
+        f"[gate]\nname = {hostile}\n[{hostile}]\n[backend.{hostile}]\naddress = {hostile}\n"
+        f"[[listen]]\naddress = {hostile}\n[domains]\nlocal = {hostile}\n"
+        f"[[trust]]\nnetwork = {hostile}\nreverse_paths = {hostile}\nwhy = {hostile}\n"
+    )
+    assert len(found) >= 8
+    assert all(problem.isprintable() for problem in found)
+
+
 JUNK = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text("abc", max_size=2), SCALARS, max_size=2)
 
 

@@ -109,6 +109,11 @@ def _command_first(tokens: list[str]) -> list[str]:
 
 def _complain(sentences: Sequence[str], tokens: Sequence[str]) -> None:
     if "--json" in tokens:
-        sys.stdout.write(json.dumps({"valid": False, "problems": list(sentences)}, ensure_ascii=False, indent=2) + "\n")
+        sys.stdout.write(json.dumps({"valid": False, "problems": list(sentences)}, indent=2) + "\n")
     for sentence in sentences:
-        sys.stderr.write(f"gatepost: {sentence}\n")
+        sys.stderr.write(f"gatepost: {printable(sentence)}\n")
+
+
+def printable(text: str) -> str:
+    """Text that can be shown: no control that moves a terminal's cursor or turns the order of its letters."""
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)

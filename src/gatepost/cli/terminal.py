@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from gatepost.cli import printable
+
 ConfigOption = Annotated[
     str | None,
     Parameter(
@@ -25,9 +27,9 @@ JsonOption = Annotated[bool, Parameter(name="--json", help="Answer in JSON.")]
 
 def say(text: str, style: str = "") -> None:
     """Words for a person, on standard output; long lines are the terminal's to fold."""
-    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(text, style=style or None)
+    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(printable(text), style=style or None)
 
 
 def say_json(value: dict[str, Any]) -> None:
     """One JSON object for a program, on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from gatepost.config.places import Path, Places
 from gatepost.config.schema import ENTRIES, NAMED, SECRET_KEYS, SECTIONS, WHO_KEYS, Form, Table
-from gatepost.config.values import size_text
+from gatepost.config.values import UNSHOWABLE, size_text
 from gatepost.errors import ConfigError
 
 FILE_OCTETS_MAX = 32 << 20
@@ -31,7 +31,6 @@ SHOWN_MAX = 80  # characters of an offending value
 
 _POSITION = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 _TWICE = re.compile(r"Cannot declare \((.*?),?\) twice")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 # What tomllib says, and what a person does about it.  The first whose words stand in the message.
 _SYNTAX = (
@@ -118,7 +117,8 @@ class Document:
         label = path_label(path)
         if value is not None and not may_be_secret(path):
             label += f" = {shown(value)}"
-        return f"{self.places.at(path)}: {label}: {sentence}" if label else f"{self.places.at(path)}: {sentence}"
+        text = f"{self.places.at(path)}: {label}: {sentence}" if label else f"{self.places.at(path)}: {sentence}"
+        return UNSHOWABLE.sub("?", text)  # sentences quote the value, too
 
     # --- Parsing -----------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Document:
         for words, sentence in _SYNTAX:
             if words in what:
                 return f":{line}: {sentence}"
-        return f":{line}: this is not TOML: {_CONTROL.sub('?', what)}; mend the line"
+        return f":{line}: this is not TOML: {UNSHOWABLE.sub('?', what)}; mend the line"
 
     # --- Judging -----------------------------------------------------------------------------------------------------
 
@@ -311,7 +311,7 @@ def path_label(path: Path) -> str:
     else:
         label = root
     keys = ".".join(str(key) for key in rest if isinstance(key, str))
-    return _CONTROL.sub("?", f"{label} {keys}" if keys else label)
+    return f"{label} {keys}" if keys else label
 
 
 def shown(value: object) -> str:
@@ -330,5 +330,5 @@ def shown(value: object) -> str:
         written = "a very large number"  # str() refuses to write the largest
     else:
         written = str(value)
-    written = _CONTROL.sub("?", written)
+    written = UNSHOWABLE.sub("?", written)
     return written if len(written) <= SHOWN_MAX else f"{written[: SHOWN_MAX - 3]}..."

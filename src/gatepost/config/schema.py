@@ -45,8 +45,8 @@ def _name(value: str) -> str:
 
 
 def _line(value: str) -> str:
-    if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or c in "\u2028\u2029" for c in value) or len(value) > 500:
-        raise ValueError("this is shown to people on one line; write at most 500 characters without line breaks")
+    if values.UNSHOWABLE.search(value) or len(value) > 500:
+        raise ValueError("this is shown to people on one line; write at most 500 characters, none of them a control")
     return value
 
 

@@ -23,6 +23,8 @@ from gatepost.smtp.path import AddressLiteral, parse_domain
 from gatepost.smtp.reply import LINE_OCTETS_MAX, Reply
 
 SECRET_OCTETS_MAX = 64 << 10
+# What would break a line, or turn the order of what a terminal shows: controls, line separators, bidirectional marks.
+UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 ANY_IPV4 = str(IPv4Address(0))
 
 _SIZE = re.compile(r"([0-9]{1,15}) ?([A-Za-z]+)")
