@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from bench import hotspots
 from bench.machine import Failed, Ports, Processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,10 @@ class Program:
         """Writes the configuration into ``self.directory``; returns the command that stays in the foreground."""
         raise NotImplementedError
 
+    def environment(self) -> dict[str, str] | None:
+        """None: ours."""
+        return None
+
     @property
     def log(self) -> Path:
         return self.directory / "stdout"
@@ -71,7 +76,13 @@ class Program:
         self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         arguments = self.arguments()
         self.processes = Processes(self.name)
-        self.processes.start(arguments, stdout=self.log, stderr=self.directory / "stderr", cwd=self.directory)
+        self.processes.start(
+            arguments,
+            stdout=self.log,
+            stderr=self.directory / "stderr",
+            cwd=self.directory,
+            environment=self.environment(),
+        )
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not self._greets():
             if not self.processes.alive():
@@ -215,6 +226,27 @@ address = "127.0.0.1:{self._ports.free()}"
         """How many JSON lines it has written."""
         with self.log.open("rb") as lines:
             return sum(line.startswith(b"{") for line in lines)
+
+
+class GatepostBaseline(Gatepost):
+    """The gate from other sources, as a peer: what a change has bought."""
+
+    name = "baseline"
+    title = "gatepost, baseline"
+    sources = ""
+
+    def environment(self) -> dict[str, str] | None:
+        return {**os.environ, "PYTHONPATH": self.sources}
+
+
+class GatepostSampled(Gatepost):
+    """The gate with its workers ready to be sampled."""
+
+    name = "gatepost-sampled"
+    title = "gatepost, sampled"
+
+    def environment(self) -> dict[str, str] | None:
+        return hotspots.environment(self.directory)
 
 
 class GatepostOneWorker(Gatepost):

@@ -133,6 +133,7 @@ class Results:
     missing: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    profiles: dict[str, list[str]] = field(default_factory=dict)
 
     def of(self, scenario: str, program: str) -> list[Sample]:
         return [s for s in self.samples if s.scenario == scenario and s.program == program]
@@ -197,6 +198,7 @@ class Results:
             "missing": self.missing,
             "failures": self.failures,
             "notes": self.notes,
+            "profiles": self.profiles,
         }
 
 
@@ -299,5 +301,7 @@ def text(results: Results) -> str:
         out += [*table(rows), ""]
     out += [f"not measured: {results.titles.get(name, name)}: {why}" for name, why in results.missing.items()]
     out += results.notes
+    for scenario, lines in results.profiles.items():
+        out += ["", f"{scenario}: microseconds of the workers' CPU a unit", "", *lines]
     out += [f"FAILED: {failure}" for failure in results.failures]
     return "\n".join(out).rstrip()

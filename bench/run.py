@@ -28,7 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import hotspots, machine, programs, report
 from bench.ends import Held, LoadResult, Sink, SinkCounts, raise_file_limit, run_load
 from bench.machine import Failed, Ports, Processes
-from bench.programs import ELSEWHERE, LOCAL, Direct, Gatepost, GatepostLarge, GatepostOneWorker, Program
+from bench.programs import (
+    ELSEWHERE,
+    LOCAL,
+    Direct,
+    Gatepost,
+    GatepostBaseline,
+    GatepostLarge,
+    GatepostOneWorker,
+    GatepostSampled,
+    Program,
+)
 
 UNITS_MAX = 300_000
 IDLE_SESSIONS = 1000
@@ -69,7 +79,7 @@ class Bench:
         self.ports = Ports()
         self.sink = Sink(self.ports.free())
         self.running: list[Program] = []
-        kinds: tuple[type[Program], ...] = (Gatepost, *programs.PEERS, Direct)
+        kinds: tuple[type[Program], ...] = (Gatepost, GatepostBaseline, *programs.PEERS, Direct)
         self.results = report.Results(
             machine=machine.describe(),
             accounting="",
@@ -182,11 +192,6 @@ class Bench:
                         sample = self.measure(program, scenario, scenario.sessions, self.arguments.seconds)
                         self.results.samples.append(replace(sample, round=number))
                     time.sleep(0.2)
-            if self.arguments.profile:
-                for program in beside:
-                    if isinstance(program, Gatepost):
-                        with self.attempting(f"{scenario.name}, profile"):
-                            self._profile(program, scenario)
         for program in beside:
             self.stop(program)
 
@@ -197,19 +202,25 @@ class Bench:
             try:
                 beside.append(self.start(kind))
             except Failed as failure:
-                if issubclass(kind, Gatepost):
+                if kind is Gatepost:
                     raise
                 self.results.missing[kind.name] = str(failure)
                 self.running.pop().stop()
         return beside
 
-    def _profile(self, program: Gatepost, scenario: Scenario) -> None:
-        self.progress(f"{scenario.name}: profiling {program.title}")
+    def profile(self, scenarios: list[Scenario]) -> None:
+        """Where the gate's CPU goes; by itself, since sampling costs a little."""
+        program = self.start(GatepostSampled)
+        assert isinstance(program, GatepostSampled)
         seconds = max(self.arguments.seconds, 5.0)
-        with hotspots.recording(program.worker_pids(), seconds, self.directory) as recorded:
-            sample = self.measure(program, scenario, scenario.sessions, seconds + 1)
-        lines = hotspots.ranking(recorded, sample.cpu_s)
-        self.results.notes += ["", f"{scenario.name}: where {sample.cpu_s * 1000:.0f} us of CPU a unit go", *lines]
+        for scenario in scenarios:
+            self.progress(f"{scenario.name}: profiling")
+            with self.attempting(f"{scenario.name}, profile"):
+                self.measure(program, scenario, scenario.sessions, program.warm_up_s)
+                with hotspots.recording(program.worker_pids(), program.directory):
+                    sample = self.measure(program, scenario, scenario.sessions, seconds)
+                self.results.profiles[scenario.name] = hotspots.ranking(program.directory, sample.cpu_s)
+        self.stop(program)
 
     # ---- memory
 
@@ -286,7 +297,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-gate", action="store_true", help="the peers alone, to try the benchmark itself")
     parser.add_argument("--no-direct", action="store_true", help="leave out the row straight into the sink")
     parser.add_argument("--pipelining", action="store_true", help="the clients send MAIL, RCPT and DATA in one segment")
-    parser.add_argument("--profile", action="store_true", help="afterwards, where the gate's CPU goes (needs py-spy)")
+    parser.add_argument("--profile", action="store_true", help="afterwards, where the gate's CPU goes, by function")
+    parser.add_argument("--baseline", metavar="SRC", help="the src directory of another version, as one more peer")
     parser.add_argument("--json", action="store_true", help="every sample, ratio and target as one JSON object")
     options = parser.parse_args(arguments)
     options.scenarios = [name for name in options.scenarios.split(",") if name]
@@ -297,6 +309,12 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     if unknown := set(wanted) - set(kinds):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
     options.peers = [kinds[name] for name in wanted]
+    if options.baseline:
+        sources = Path(options.baseline).resolve()
+        if not (sources / "gatepost").is_dir():
+            parser.error(f"{sources} holds no package gatepost")
+        GatepostBaseline.sources = str(sources)
+        options.peers.insert(0, GatepostBaseline)
     if not 1 <= options.rounds <= 20 or not 0.5 <= options.seconds <= 60:
         parser.error("rounds: 1 to 20; seconds: 0.5 to 60")
     return options
@@ -338,6 +356,8 @@ def main() -> int:
                     bench.idle(kinds)
                 if scenarios:
                     bench.compare(kinds, scenarios)
+                    if options.profile and not options.no_gate:
+                        bench.profile(scenarios)
                 if "growth" in options.scenarios and not options.no_gate:
                     bench.growth()
                 bench.results.accounting = Processes.accounting()
