@@ -275,7 +275,7 @@ def test_explain_a_relay_that_is_refused(here):
         "client  203.0.113.9 at listener mx\n"
         "mail    from a@x.example to b@y.example\n"
         "rule    none lets it pass, and what no rule lets pass is refused\n"
-        "admitted if the forward-path were at example.com (gatepost.toml:14)\n"
+        "admitted if the forward-path were at a local domain, such as example.com (gatepost.toml:14)\n"
         "            the client were in 10.1.0.0/16 and the reverse-path were *@example.com (gatepost.toml:19)\n"
     )
 
@@ -373,7 +373,7 @@ def test_explain_in_json(here, capsys):
         "detail": "",
         "backend": None,
         "changes": [
-            {"condition": "the forward-path were at example.com", "where": "gatepost.toml:14"},
+            {"condition": "the forward-path were at a local domain, such as example.com", "where": "gatepost.toml:14"},
             {
                 "condition": "the client were in 10.1.0.0/16 and the reverse-path were *@example.com",
                 "where": "gatepost.toml:19",

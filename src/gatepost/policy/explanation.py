@@ -114,7 +114,8 @@ def _in_favour(asked: _Question, verdict: RelayVerdict) -> Iterator[tuple[str, l
         domain = local.pattern.removeprefix("*.")
         if not domain.startswith("["):
             ours = Mailbox("user", domain if domain == local.pattern else f"mail.{domain}")
-            yield local.where, [_sent_to(ours, f"the forward-path were at {local.pattern}")]
+            yield local.where, [_sent_to(ours, f"the forward-path were at a local domain, such as {local.pattern}")]
+            return
 
 
 def _client_of(entry: TrustEntry) -> list[_Mend]:
