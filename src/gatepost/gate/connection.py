@@ -143,22 +143,27 @@ class Connection(asyncio.Protocol):
 
     # ---- for the conversation
 
-    async def more(self) -> bool:
-        """Wait for octets; False when none will come (``ended`` says why)."""
-        if self.ended is not Ended.NO:
-            return False
-        if self._fresh:
-            self._fresh = False
-            return True
+    def take_fresh(self) -> bool:
+        """Whether octets came since the last look; asked before waiting."""
+        fresh, self._fresh = self._fresh, False
+        return fresh
+
+    def arrival(self) -> asyncio.Future[None]:
+        """Done when octets came or the connection ended; for the one coroutine that holds the conversation."""
         if self._paused:
             self._paused = False
             self.transport.resume_reading()
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-        return self.ended is Ended.NO
+        return self._waiter
+
+    async def more(self) -> bool:
+        """Wait for octets; False when none will come (``ended`` says why)."""
+        if self.take_fresh():
+            return True
+        if self.ended is not Ended.NO:
+            return False
+        await self.arrival()
+        return True
 
     def progress(self) -> None:
         """The client completed a command or a block: its time begins anew.  RFC 5321 §4.5.3.2."""
@@ -169,11 +174,14 @@ class Connection(asyncio.Protocol):
         self.in_content = True
         self.content_since = self.since = self._loop.time()
 
-    async def write(self, octets: bytes) -> None:
-        """Send; waits while the peer does not take what was sent before."""
-        if not octets or self.ended is Ended.LOST or self.transport.is_closing():
-            return
-        self.transport.write(octets)
+    def send(self, octets: bytes) -> bool:
+        """Send; True when the peer does not take what was sent, and ``drained`` should be awaited."""
+        if octets and self.ended is not Ended.LOST and not self.transport.is_closing():
+            self.transport.write(octets)
+        return self._write_blocked
+
+    async def drained(self) -> None:
+        """Wait until the peer has taken most of what was sent, or is gone."""
         if self._write_blocked:
             self._drained = self._loop.create_future()
             try:
@@ -240,6 +248,6 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def _wake(self) -> None:
-        waiter = self._waiter
+        waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

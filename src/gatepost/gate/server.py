@@ -55,6 +55,7 @@ from gatepost.telemetry import (
 from gatepost.telemetry.metrics import STATE_DOWN, STATE_UP
 from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
 
+REFERENCE_OCTETS = 5
 SWEEP_S = 1.0
 PROBE_SWEEPS = 5  # a backend that is down is asked again so often
 BUSY_SHARE = 0.8  # of the sessions allowed: beyond it silence is tolerated for a shorter time
@@ -160,7 +161,7 @@ class Listener:
         if not isinstance(outcome, ProxyHeader) or (outcome.address is None and outcome.relayed):
             # A client whose address is lost must not inherit what the proxy itself may do.
             self.server.metrics.reply("proxy", "proxy")
-            await connection.write(_NO_PROXY)
+            connection.send(_NO_PROXY)
             connection.close()
             return
         client = proxy if outcome.address is None else Client(outcome.address, outcome.port)
@@ -306,6 +307,7 @@ class Server:
         self._hello_capabilities: list[Capabilities | None] = []
         self._probing: set[str] = set()
         self._sweeps = 0
+        self._random = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -478,10 +480,12 @@ class Server:
         """The trusted or denied host names that this address has now."""
         return self._hosts.names(address) if self._hosts is not None else ()
 
-    @staticmethod
-    def new_reference() -> str:
+    def new_reference(self) -> str:
         """A session's reference: 40 random bits in eight letters and digits."""
-        number = int.from_bytes(os.urandom(5), "big")
+        if len(self._random) < REFERENCE_OCTETS:
+            self._random = os.urandom(256 * REFERENCE_OCTETS)
+        number = int.from_bytes(self._random[:REFERENCE_OCTETS], "big")
+        self._random = self._random[REFERENCE_OCTETS:]
         return _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
 
     # ---- EHLO: only what every backend can carry is offered

@@ -37,7 +37,7 @@ OTHER = "other"
 TOKEN_S = 60  # a session's trace token tells the time to the minute
 RECIPIENTS_LOGGED = 200  # of one transaction
 TRANSACTIONS_LOGGED = 100  # in one line; a longer session gets several lines
-OUTPUT_OCTETS = 1 << 14  # replies are collected while the client pipelines, but no more than this
+REPLIES_UNSENT = 100  # replies are collected while the client pipelines, but no more than so many
 
 _OK = Reply(250, "OK", "2.0.0")
 _RESET = Reply(250, "Forgotten", "2.0.0")
@@ -164,29 +164,34 @@ class Session:
         finally:
             try:
                 self._forget_transaction()
-                await self.connection.write(self.engine.data_to_send())
+                if self.connection.send(self.engine.data_to_send()):
+                    await self.connection.drained()
                 self.connection.close()
             finally:
                 self.server.ended(self)
 
     async def _converse(self) -> None:
         connection = self.connection
-        unsent_octets = 0
+        unsent = 0
         moved = True
         while True:
             engine = self.engine
             event = engine.next_event()
             if event is NEED_DATA:
-                await connection.write(engine.data_to_send())
-                unsent_octets = 0
+                if connection.send(engine.data_to_send()):
+                    await connection.drained()
+                unsent = 0
                 if self._closing:
                     return
                 if moved:
                     connection.progress()
                     moved = False
-                if not await connection.more():
+                if connection.take_fresh():
+                    continue
+                if connection.ended is not Ended.NO:
                     self._hang_up()
                     return
+                await connection.arrival()
                 continue
             moved = True
             kind = type(event)
@@ -196,16 +201,18 @@ class Session:
             if kind is Refused:
                 self._refused(event)  # type: ignore[arg-type]
                 continue
-            reply = await _ANSWERS[kind](self, event)
+            answer = _ANSWERS[kind](self, event)
+            reply = answer if isinstance(answer, Reply) else await answer
             engine.respond(reply)
             if reply.code >= 500:
                 self._count_error()
             if kind is StartTls and engine.state is State.TLS:
                 await self._begin_tls()
-            unsent_octets += 64
-            if unsent_octets > OUTPUT_OCTETS:
-                await connection.write(self.engine.data_to_send())
-                unsent_octets = 0
+            unsent += 1
+            if unsent >= REPLIES_UNSENT:
+                unsent = 0
+                if connection.send(self.engine.data_to_send()):
+                    await connection.drained()
 
     def _hang_up(self) -> None:
         """No more octets will come: say why, where the client can still hear it.  RFC 5321 §3.8, §4.5.3.2."""
@@ -238,7 +245,7 @@ class Session:
 
     # ---- the dialogue
 
-    async def hello(self, command: Hello) -> Reply:
+    def hello(self, command: Hello) -> Reply:
         """EHLO or HELO: who the client says it is, which is evidence of nothing.  RFC 5321 §4.1.1.1."""
         if command.verb == "LHLO":
             return _NO_LMTP
@@ -251,7 +258,7 @@ class Session:
         reply, self.engine.offered = self.server.hello_reply(self.listener, esmtp=esmtp, tls=bool(self.facts.tls))
         return reply
 
-    async def starttls(self, _: StartTls) -> Reply:
+    def starttls(self, _: StartTls) -> Reply:
         """TLS from here on; all that was said before is forgotten.  RFC 3207 §4."""
         if self.facts.tls:
             return _TLS_IS_ON
@@ -264,7 +271,7 @@ class Session:
         return _READY_FOR_TLS
 
     async def _begin_tls(self) -> None:
-        await self.connection.write(self.engine.data_to_send())
+        self.connection.send(self.engine.data_to_send())
         # RFC 3207 §4.2: new facts and a new engine, so that nothing learned before can linger.
         self.facts = self.facts._replace(hello="", esmtp=False, identity=None)
         self.engine = self._new_engine()
@@ -289,11 +296,11 @@ class Session:
             return
         self.facts = self.facts._replace(tls=version)
 
-    async def auth(self, _: Auth) -> Reply:
+    def auth(self, _: Auth) -> Reply:
         """AUTH: nothing verifies a login here yet, so none is taken.  RFC 4954 §4."""
         return _NO_AUTH
 
-    async def mail(self, command: Mail) -> Reply:
+    def mail(self, command: Mail) -> Reply:
         """A reverse-path opens a transaction.  It confers no right.  RFC 5321 §3.3, §4.1.1.2."""
         settings = self.server.settings
         if self.server.draining:
@@ -350,7 +357,7 @@ class Session:
         server.metrics.reply("rcpt", "accepted" if reply.positive else "backend")
         return self._answered(record, reply)
 
-    async def data(self, command: Data) -> Reply:
+    def data(self, command: Data) -> Reply:
         """Content may come.  RFC 5321 §4.1.1.4."""
         if self.engine.unread_octets:  # content before our 354: whoever does that would be talking to a relay
             self._close("unsynchronised")
@@ -374,7 +381,7 @@ class Session:
             self._storage_failed = True
             self.server.storage_failed(error)
 
-    async def chunk_ended(self, chunk: ChunkEnded) -> Reply:
+    def chunk_ended(self, chunk: ChunkEnded) -> Reply:
         """A BDAT chunk that is not the last.  RFC 3030 §2."""
         if chunk.defect is not None:
             return self._finish(chunk.defect.reply, "content")
@@ -421,28 +428,28 @@ class Session:
             self._token = self.server.trace_key.seal(self.facts, seconds)
         return self._token
 
-    async def rset(self, _: Rset) -> Reply:
+    def rset(self, _: Rset) -> Reply:
         """Forget the transaction.  RFC 5321 §4.1.1.5."""
         self._forget_transaction()
         return _RESET
 
-    async def noop(self, _: Noop) -> Reply:
+    def noop(self, _: Noop) -> Reply:
         """RFC 5321 §4.1.1.9."""
         return _OK
 
-    async def help(self, _: Help) -> Reply:
+    def help(self, _: Help) -> Reply:
         """RFC 5321 §4.1.1.8."""
         return _HELP
 
-    async def vrfy(self, _: Vrfy) -> Reply:
+    def vrfy(self, _: Vrfy) -> Reply:
         """Nobody learns who has a mailbox.  RFC 5321 §3.5.3, §7.3."""
         return _VRFY
 
-    async def expn(self, _: Expn) -> Reply:
+    def expn(self, _: Expn) -> Reply:
         """RFC 5321 §3.5.2."""
         return _EXPN
 
-    async def quit(self, _: Quit) -> Reply:
+    def quit(self, _: Quit) -> Reply:
         """RFC 5321 §4.1.1.10."""
         self._closing = True
         self._end = "quit"
@@ -516,7 +523,8 @@ class Session:
         }
 
 
-_Answer = Callable[[Session, Any], Awaitable[Reply]]
+# Those that wait for a backend are coroutines.
+_Answer = Callable[[Session, Any], Reply | Awaitable[Reply]]
 _ANSWERS: Final[dict[type, _Answer]] = cast(
     "dict[type, _Answer]",
     {

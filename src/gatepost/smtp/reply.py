@@ -71,15 +71,18 @@ class Reply:
 
     def _render(self) -> bytes:
         prefix = f"{self.code // 100}.{self.status.subject}.{self.status.detail} " if self.status else ""
-        lines = self.text.split("\n")[:LINES_MAX]
+        text = self.text
         room = LINE_OCTETS_MAX - 2 - 4 - len(prefix)
+        if len(text) <= room and text.isascii() and text.isprintable():  # nearly all of them
+            return f"{self.code} {prefix}{text}\r\n".encode()
+        lines = text.split("\n")[:LINES_MAX]
         out = []
         for number, line in enumerate(lines, 1):
-            text = _UNPRINTABLE.sub("?", line).encode("utf-8", "replace")
-            if len(text) > room:
-                text = text[:room].decode("utf-8", "ignore").encode()
+            octets = _UNPRINTABLE.sub("?", line).encode("utf-8", "replace")
+            if len(octets) > room:
+                octets = octets[:room].decode("utf-8", "ignore").encode()
             separator = " " if number == len(lines) else "-"
-            out.append(f"{self.code}{separator}{prefix}".encode() + text)
+            out.append(f"{self.code}{separator}{prefix}".encode() + octets)
         return b"\r\n".join(out) + b"\r\n"
 
     def __eq__(self, other: object) -> bool:

@@ -221,6 +221,8 @@ class ServerEngine:
             return NEED_DATA
         if self._swallow_reply is not None:
             return self._swallow()
+        if self._position >= len(self._buffer):
+            return NEED_DATA
         return self._command()
 
     def respond(self, reply: Reply) -> None:

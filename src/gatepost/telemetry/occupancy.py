@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import struct
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 _PLACES = 32_768
@@ -52,6 +53,7 @@ class Occupancy:
         "_memory",
         "_other_begun",
         "_other_counts",
+        "_places",
         "_rows",
         "_total",
         "_totals",
@@ -65,6 +67,8 @@ class Occupancy:
         if not 0 <= row < self._rows:
             raise ValueError(f"there is no row {row}, there are {self._rows}")
         self._hasher = hashlib.blake2b(key=bytes(memory[:_KEY_OCTETS]), digest_size=8)
+        # One session asks three times.
+        self._places = lru_cache(maxsize=4096)(self._hash)
         rows = [self._row(number) for number in range(self._rows)]
         totals = [octets[:8].cast("Q") for octets in rows]
         counts = [octets[8 : 8 + 2 * _PLACES * 4].cast("I") for octets in rows]
@@ -95,9 +99,9 @@ class Occupancy:
         start = _HEADER_OCTETS + row * _ROW_OCTETS
         return self._memory[start : start + _ROW_OCTETS]
 
-    def _places(self, address: IPv4Address | IPv6Address) -> tuple[int, int, int, int]:
+    def _hash(self, prefix: bytes) -> tuple[int, int, int, int]:
         hasher = self._hasher.copy()
-        hasher.update(address.packed[:8])  # four octets of IPv4, or the /64
+        hasher.update(prefix)
         first, second, third, fourth = _PLACES_OF(hasher.digest())
         return first % _PLACES, _PLACES + second % _PLACES, third % _RATE_PLACES, _RATE_PLACES + fourth % _RATE_PLACES
 
@@ -110,7 +114,7 @@ class Occupancy:
         Returns:
             The client's sessions in all workers, this one included.
         """
-        a, b, _, _ = self._places(address)
+        a, b, _, _ = self._places(address.packed[:8])  # four octets of IPv4, or the /64
         counts = self._counts
         self._total[0] += 1
         here, there = counts[a] + 1, counts[b] + 1
@@ -123,7 +127,7 @@ class Occupancy:
 
     def leave(self, address: IPv4Address | IPv6Address) -> None:
         """A session that entered has ended."""
-        a, b, _, _ = self._places(address)
+        a, b, _, _ = self._places(address.packed[:8])  # four octets of IPv4, or the /64
         counts = self._counts
         if self._total[0] and counts[a] and counts[b]:  # never below nothing, whatever else went wrong
             self._total[0] -= 1
@@ -143,7 +147,7 @@ class Occupancy:
         Returns:
             Sessions the client began in the last sixty seconds in all workers, this one included.
         """
-        _, _, c, d = self._places(address)
+        _, _, c, d = self._places(address.packed[:8])  # four octets of IPv4, or the /64
         minute, second = divmod(now_s, _MINUTE_S)
         now = int(minute) & 0xFFFFFFFF
         share = 1.0 - second / _MINUTE_S
