@@ -110,7 +110,8 @@ def trace_field(session: Session, name: str, message: str, token: str, date: str
     """
     hello = _NOT_IN_HELLO.sub("?", session.hello[:_HELLO_MAX]) or "unknown"
     address = session.client.address
-    literal = f"[{address}]" if isinstance(address, IPv4Address) else f"[IPv6:{address}]"
+    text = str(address)  # an f-string would go the long way round
+    literal = f"[{text}]" if isinstance(address, IPv4Address) else f"[IPv6:{text}]"
     if not session.esmtp:
         protocol = "SMTP"
     else:
