@@ -239,7 +239,7 @@ def _denied_forward_path(
     if addressed is not None and addressed is not named:
         numbers += table.matching(addressed)
     refusal = _first_in_force(rules, numbers, transaction.now)
-    if refusal is None and table and named.shape.routing:
+    if refusal is None and named.shape.routing and transaction.now < rules.index.forward_paths_denied_until:
         # What is denied must not pass under a name that a backend may read as the denied one.
         refusal = Refuse(Reason.ROUTING, detail=named.shape.name.lower())
     return refusal
@@ -424,9 +424,6 @@ class PathTable:
     def __init__(self) -> None:
         self._numbers: dict[str, list[int]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._numbers)
-
     def add(self, pattern: Pattern, number: int) -> None:
         """Keep a number under a pattern."""
         self._numbers.setdefault(str(pattern), []).append(number)
@@ -447,6 +444,7 @@ class RuleIndex:
         "deny_hosts",
         "deny_networks",
         "deny_reverse_paths",
+        "forward_paths_denied_until",
         "local_below",
         "local_exact",
         "local_routes",
@@ -483,6 +481,7 @@ class RuleIndex:
         self.deny_helos: dict[str, list[int]] = {}
         self.deny_reverse_paths = PathTable()
         self.deny_forward_paths = PathTable()
+        self.forward_paths_denied_until = float("-inf")
         for number, deny in enumerate(rules.deny):
             if deny.network is not None:
                 self.deny_networks.add(deny.network, number)
@@ -494,6 +493,8 @@ class RuleIndex:
                 self.deny_reverse_paths.add(deny.reverse_path, number)
             elif deny.forward_path is not None:
                 self.deny_forward_paths.add(deny.forward_path, number)
+                until = float("inf") if deny.expires_at is None else deny.expires_at
+                self.forward_paths_denied_until = max(self.forward_paths_denied_until, until)
         self.routes = PathTable()
         self.local_routes: list[int] = []
         for number, route in enumerate(rules.routes):
