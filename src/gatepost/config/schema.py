@@ -358,7 +358,7 @@ class Timeout(Table):
     content_total: Wait = Field(TIMEOUTS.content_total_s, description="For all the content of one message.")
     proxy_header: Wait = Field(TIMEOUTS.proxy_header_s, description="For the PROXY header.")
     tls_handshake: Wait = Field(TIMEOUTS.tls_handshake_s, description="For the TLS handshake.")
-    busy: Wait = Field(TIMEOUTS.busy_s, description="For the next command while sessions are scarce.")
+    busy: Wait = Field(TIMEOUTS.busy_s, description="For the next command or octets while sessions are scarce.")
 
 
 class Console(Table):

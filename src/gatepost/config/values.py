@@ -189,11 +189,12 @@ def listen_address(value: object) -> tuple[str, int]:
     host, port = host_port(value)
     if host == "localhost":
         return "127.0.0.1", port
-    if _address(host) is None:
+    address = _address(host)
+    if address is None:
         raise ValueError(
             f'"{host}" is not an IP address; write the address to listen on, or "{ANY_IPV4}:{port}" for all'
         )
-    return host, port
+    return str(address), port
 
 
 def backend_address(value: object) -> BackendAddress:
