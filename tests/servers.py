@@ -406,7 +406,6 @@ message_size_limit = {octets}
 host_lookup =
 rfc1413_hosts =
 smtp_accept_max = 0
-smtp_accept_queue_per_connection = 0
 {tls}
 acl_smtp_rcpt = recipient
 

@@ -584,6 +584,7 @@ async def test_silence_is_deferred(verb, setting, expected):
         backend = backend_of(server.port, **{setting: 0.1})
         assert code(await send(backend)) == expected
         assert len(server.messages) == 0
+        assert len(server.sessions) == 1, "who was silent for so long is not asked again at once"
         await backend.close()
 
 
@@ -647,6 +648,19 @@ async def test_content_that_is_not_whole_lines_is_a_fault_of_ours_and_is_not_sen
         await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)
         with pytest.raises(RuntimeError, match="not whole lines"):
             await delivery.deliver(content, TRACE)
+        await server.until(lambda: server.sessions[0].ended)
+        assert server.messages == []
+        await backend.close()
+
+
+@pytest.mark.parametrize("field", [b"", b"Received: x", b"Received: x\r\n.\r\n", b"Received: x\n"])
+async def test_a_trace_field_that_is_none_is_a_fault_of_ours_and_is_not_sent(field):
+    async with Scripted() as server:
+        backend = backend_of(server.port)
+        delivery = begin(backend)
+        await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)
+        with pytest.raises(RuntimeError, match="trace field"):
+            await delivery.deliver(content_of(TEXT), field)
         await server.until(lambda: server.sessions[0].ended)
         assert server.messages == []
         await backend.close()

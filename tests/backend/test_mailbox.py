@@ -38,7 +38,8 @@ def notes() -> Notes:
 def backend(tmp_path, notes) -> Iterator[MailboxBackend]:
     made = MailboxBackend(settings(addresses=(EmbeddedMailboxes(str(tmp_path / "mailboxes")),)), log=notes.log)
     yield made
-    made._executor.shutdown()
+    if made._executor is not None:
+        made._executor.shutdown()
 
 
 async def send(
@@ -335,7 +336,6 @@ async def test_the_ends_of_a_transaction(backend):
 
 
 async def test_a_probe_says_whether_the_directory_can_be_written(backend, notes):
-    assert not backend.healthy
     await backend.probe()
     assert backend.healthy
     assert backend.capabilities is not None
@@ -345,6 +345,7 @@ async def test_a_probe_says_whether_the_directory_can_be_written(backend, notes)
     await backend.probe()
     assert not backend.healthy
     assert len(notes.lines) == 1
+    assert not MailboxBackend(backend.settings).healthy
 
 
 async def test_a_probe_removes_what_a_crash_has_left(backend):
@@ -358,6 +359,15 @@ async def test_a_probe_removes_what_a_crash_has_left(backend):
     await backend.probe()
     assert [path.name for path in temporary.iterdir()] == ["2.young"]
     assert len(found(backend)) == 1
+
+
+async def test_a_transaction_may_end_after_the_backend_was_closed(backend):
+    delivery = backend.begin(SENDER, NO_MAIL_PARAMETERS, CLIENT)
+    await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)
+    await backend.close()
+    await backend.close()
+    assert (await delivery.deliver(content_of(TEXT), TRACE)).code == 250
+    assert found(backend) == [HEAD + TEXT]
 
 
 async def test_the_settings_make_the_kind_of_backend(tmp_path):

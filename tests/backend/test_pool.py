@@ -12,6 +12,7 @@ import trustme
 from tests.backend.parts import TEXT, TRACE, Notes, backend_of, begin, content_of, recipient, send, settings
 from tests.backend.scripted import KEYWORDS, Answer, Scripted, Session
 
+from gatepost.backend.connection import BLEMISHES_MAX
 from gatepost.backend.delivery import PARKS_MAX, SmtpBackend
 from gatepost.backend.settings import EmbeddedMailboxes, LmtpSocket, SmtpAddress
 from gatepost.smtp.command import NO_RCPT_PARAMETERS
@@ -153,6 +154,59 @@ async def test_a_connection_is_closed_after_so_many_deliveries():
         assert [session.verbs.count("DATA") for session in server.sessions] == [3, 3, 1]
         assert [session.verbs[-1] for session in server.sessions[:2]] == ["QUIT", "QUIT"]
         assert server.open_max == 1
+        await backend.close()
+
+
+async def test_a_connection_that_was_refused_much_is_not_for_somebody_else():
+    async with Scripted() as server:
+        server.on["RCPT"] = lambda _session, argument: b"250 Ok" if b"alice" in argument else b"550 5.1.1 no"
+        backend = backend_of(server.port, connections=1)
+        for number in range(7):
+            assert (await send(backend, TEXT, f"guess{number}")).code == 550
+        assert (await send(backend)).code == 250
+        for number in range(7):
+            assert (await send(backend, TEXT, f"guess{number}")).code == 550
+        assert len(server.sessions) == 1, "a message makes up for it"
+        assert (await send(backend, TEXT, "guess")).code == 550
+        assert (await send(backend)).code == 250
+        assert len(server.sessions) == 2
+        assert server.sessions[0].verbs[-1] == "QUIT"
+        await backend.close()
+
+
+async def test_a_connection_that_was_reset_much_is_not_for_somebody_else():
+    async with Scripted() as server:
+        backend = backend_of(server.port, connections=1)
+        for _ in range(BLEMISHES_MAX + 5):
+            delivery = begin(backend)
+            assert (await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)).code == 250
+            delivery.abort()
+        assert len(server.sessions) == 2
+        assert server.sessions[0].verbs.count("RSET") == BLEMISHES_MAX
+        await backend.close()
+
+
+@pytest.mark.parametrize("answer", [b"421 4.7.0 Too many messages", b"452 4.5.3 Too many messages in this session"])
+async def test_the_past_of_a_connection_is_not_the_clients(answer):
+    async with Scripted() as server:
+        server.on["MAIL"] = lambda session, _argument: answer if session.verbs.count("MAIL") > 2 else b"250 2.1.0 Ok"
+        backend = backend_of(server.port, connections=1)
+        for _ in range(5):
+            assert (await send(backend)).code == 250
+        assert [session.verbs.count("DATA") for session in server.sessions] == [2, 2, 1]
+        server.on["MAIL"] = lambda _session, _argument: b"450 4.7.1 Greylisted"
+        assert (await send(backend)).octets() == b"450 4.7.1 Greylisted\r\n"
+        assert len(server.sessions) == 4, "a new connection says the same: that is the answer"
+        await backend.close()
+
+
+async def test_exim_delivers_at_once_only_what_comes_first_on_a_connection():
+    async with Scripted() as server:
+        server.on["GREETING"] = lambda _session, _argument: b"220 mail.example.com ESMTP Exim 4.96 Mon, 23 Nov 2026"
+        backend = backend_of(server.port)
+        for _ in range(21):
+            assert (await send(backend)).code == 250
+        assert [session.verbs.count("DATA") for session in server.sessions] == [10, 10, 1]
         await backend.close()
 
 
@@ -528,6 +582,19 @@ async def test_closing_lets_transactions_end():
         await closing
         await server.until(lambda: server.open == 0)
         assert server.sessions[0].verbs[-1] == "QUIT"
+
+
+async def test_a_transaction_may_end_after_its_backend_was_closed():
+    async with Scripted() as server:
+        backend = backend_of(server.port)
+        delivery = begin(backend)
+        await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)
+        await backend.close()
+        await server.until(lambda: server.open == 0)
+        assert (await delivery.deliver(content_of(TEXT), TRACE)).code == 250
+        await server.until(lambda: server.open == 0)
+        assert [session.verbs[-1] for session in server.sessions] == ["QUIT", "QUIT"]
+        await backend.close()
 
 
 async def test_closing_does_not_wait_for_ever():

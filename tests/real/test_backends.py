@@ -173,6 +173,35 @@ def test_many_messages_over_few_connections_all_arrive_once(server):
         assert arrived(server, name, "bob") == [TRACE + message(name, b"\r\nHello\r\n")]
 
 
+def test_many_messages_over_one_connection_all_arrive_at_once(server):
+    """What servers limit a session to is met before they do; Exim would leave the eleventh message to a queue run."""
+    names = [f"row-{number}" for number in range(130)]
+
+    async def play() -> list[Reply]:
+        backend = backend_of(server.port, connections=1)
+        replies = [await send(backend, message(name, b"\r\nHello\r\n"), "bob") for name in names]
+        await backend.close()
+        return replies
+
+    assert {reply.code for reply in run(play())} == {250}
+    for name in names:
+        assert arrived(server, name, "bob") == [TRACE + message(name, b"\r\nHello\r\n")]
+
+
+def test_a_strangers_guesses_do_not_slow_down_the_next_one(server):
+    async def play() -> set[int]:
+        backend = backend_of(server.port, connections=1)
+        codes = set()
+        for number in range(60):
+            codes.add((await send(backend, b"", f"guess{number}")).code)
+        assert (await send(backend, message("guessed", b"\r\nHello\r\n"))).code == 250
+        await backend.close()
+        return codes
+
+    assert run(play()) == {550}
+    assert len(arrived(server, "guessed")) == 1
+
+
 def test_clients_that_stall_keep_nobody_out(server):
     async def play() -> list[int]:
         backend = backend_of(server.port, connections=2)

@@ -80,8 +80,11 @@ class Backend(Protocol):
         """Look at the backend; ``healthy`` and ``capabilities`` tell what was seen.  Does not raise."""
         ...
 
-    async def close(self, grace_s: float = ...) -> None:
-        """Let transactions end, for so long, then close everything."""
+    async def close(self, grace_s: float | None = None) -> None:
+        """Let deliveries end, for so long or as long as they take, then close everything.
+
+        Transactions that were begun before may still go on to their end.
+        """
         ...
 
 

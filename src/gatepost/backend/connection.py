@@ -32,6 +32,12 @@ WRITE_OCTETS = 1 << 16  # smaller blocks of larger content are joined up to this
 QUIT_TIMEOUT_S = 5.0
 NETWORK_ADDRESSES_MAX = 8  # of one name, tried one after the other
 
+# A connection that has seen refusals and no message gets QUIT instead of another user: servers slow down, and hang up,
+# on a client that errs (Postfix: 10 and 20 errors, 100 RSETs), and nobody pays for a stranger's guesses.
+BLEMISHES_MAX = 80
+REFUSAL_BLEMISHES = 10
+EXIM_DELIVERIES = 10  # smtp_accept_queue_per_connection: what comes after waits for Exim's next queue run
+
 # The parameters of MAIL and RCPT that are handed on.  AUTH= is not: we vouch for nobody's identity (RFC 4954 §5).
 _PARAMETER_KEYWORDS = frozenset({"SIZE", "8BITMIME", "SMTPUTF8", "DSN"})
 
@@ -41,11 +47,13 @@ class ConnectionLost(BackendUnavailable):
 
     Attributes:
         reply: the 421 that announced it, if one did.
+        expired: the backend kept us waiting for as long as one waits; a second attempt would make it twice as long.
     """
 
-    def __init__(self, text: str, reply: Reply | None = None) -> None:
+    def __init__(self, text: str, reply: Reply | None = None, *, expired: bool = False) -> None:
         super().__init__(text)
         self.reply = reply
+        self.expired = expired
 
 
 class ConnectFailed(BackendUnavailable):
@@ -72,6 +80,7 @@ class Connection(asyncio.Protocol):
             taken, and is not sent again by us.
         deadline: when ``expire`` is due, on the loop's clock.
         deliveries: contents sent; idle_since: when it came back to the pool.
+        blemishes: refusals and RSETs since a message was accepted, weighed.
         tls: protocol version, "" in plain text.
     """
 
@@ -90,10 +99,12 @@ class Connection(asyncio.Protocol):
         "_then",
         "_transport",
         "alive",
+        "blemishes",
         "capabilities",
         "committed",
         "deadline",
         "deliveries",
+        "deliveries_max",
         "idle_since",
         "offered",
         "peer",
@@ -116,10 +127,12 @@ class Connection(asyncio.Protocol):
         self._drained: asyncio.Future[None] | None = None
         self._lost: ConnectionLost | None = None
         self.alive = True
+        self.blemishes = 0
         self.capabilities = Capabilities()
         self.committed = False
         self.deadline = inf
         self.deliveries = 0
+        self.deliveries_max = settings.deliveries
         self.idle_since = 0.0
         self.offered: frozenset[str] = frozenset()
         self.peer = peer
@@ -131,6 +144,11 @@ class Connection(asyncio.Protocol):
         self._ask(1)
 
     # ---- what the pool and a delivery do
+
+    @property
+    def worn(self) -> bool:
+        """It has served long enough, or has been refused too often, to serve somebody else."""
+        return self.deliveries >= self.deliveries_max or self.blemishes >= BLEMISHES_MAX
 
     def exchange(self, octets: bytes, replies: int, timeout_s: float) -> asyncio.Future[list[Reply]]:
         """Send commands and get their replies.
@@ -158,6 +176,8 @@ class Connection(asyncio.Protocol):
             StorageError: the content could not be read; the connection must be closed without its end being sent.
         """
         self._check()
+        if not trace_field.endswith(b"\r\n") or b"\r\n." in trace_field:
+            raise RuntimeError("a trace field is whole lines, and none of them begins with a period")
         future: asyncio.Future[list[Reply]] = self._loop.create_future()
         self._future = future
         self._ask(1)
@@ -195,6 +215,7 @@ class Connection(asyncio.Protocol):
             return
         self._then = then
         self._ask(1)
+        self.blemishes += 1
         self.deadline = self._loop.time() + self._settings.command_timeout_s
         self._write(client.RSET)
 
@@ -219,7 +240,7 @@ class Connection(asyncio.Protocol):
 
     def expire(self) -> None:
         """The deadline has passed.  RFC 5321 §4.5.3.2."""
-        self._lose(ConnectionLost(f"{self.peer}: no answer in time"))
+        self._lose(ConnectionLost(f"{self.peer}: no answer in time", expired=True))
 
     def adopted(self, on_closed: Callable[[Connection], None]) -> None:
         """From now on tell its owner, once, when it is closed or lost."""
@@ -308,10 +329,12 @@ class Connection(asyncio.Protocol):
             if isinstance(reply, BackendDefect):
                 self._lose(ConnectionLost(f"{self.peer}: {reply.text}"))
                 return
-            if reply.code == 421:
-                # RFC 5321 §3.8: the backend closes; replies still due never come.
-                self._lose(ConnectionLost(f"{self.peer}: {reply.text}", reply))
-                return
+            if reply.code >= 400:
+                if reply.code == 421:
+                    # RFC 5321 §3.8: the backend closes; replies still due never come.
+                    self._lose(ConnectionLost(f"{self.peer}: {reply!r}", reply))
+                    return
+                self.blemishes += REFUSAL_BLEMISHES
             self._replies.append(reply)
             self._due -= 1
             if not self._due:
@@ -440,6 +463,8 @@ def _check_greeting(connection: Connection, greeting: Reply) -> None:
     """RFC 5321 §3.1: 220, or the server does not serve us."""
     if greeting.code != 220:
         raise ConnectFailed(f"{connection.peer} greets us with {greeting!r}", busy=greeting.transient)
+    if " Exim " in greeting.text:
+        connection.deliveries_max = min(connection.deliveries_max, EXIM_DELIVERIES)
 
 
 async def _secure(

@@ -17,7 +17,7 @@ import ssl
 
 from gatepost.backend.connection import Connection, ConnectionLost
 from gatepost.backend.content import Content
-from gatepost.backend.pool import CLOSE_GRACE_S, UNREACHABLE, Log, NoConnection, Observe, Pool
+from gatepost.backend.pool import UNREACHABLE, Log, NoConnection, Observe, Pool
 from gatepost.backend.settings import BackendSettings
 from gatepost.errors import StorageError
 from gatepost.facts import Client
@@ -77,8 +77,8 @@ class SmtpBackend:
         """Look at the backend; ``healthy`` and ``capabilities`` tell what was seen.  Does not raise."""
         await self._pool.probe()
 
-    async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
-        """Let transactions end, then close every connection."""
+    async def close(self, grace_s: float | None = None) -> None:
+        """Let deliveries end, for so long or as long as they take, then close every connection."""
         await self._pool.close(grace_s)
 
 
@@ -136,15 +136,17 @@ class SmtpDelivery:
             try:
                 if self._connection is None:
                     connection = await self._take(fresh=fresh)
-                    reply = await self._open(connection, path, parameters)
+                    reply = await self._open(connection, path, parameters, fresh=fresh)
                 else:
                     reply = await self._further(self._connection, path, parameters)
             except ConnectionLost as lost:
                 self._forget()
                 if self._final is not None:  # aborted meanwhile
                     return self._final
-                self._pool.observe("retry", 1)
                 answer = UNREACHABLE if lost.reply is not None else LOST
+                if lost.expired:
+                    return answer
+                self._pool.observe("retry", 1)
                 continue
             if reply.code // 100 == 2:
                 self._accepted.append((path, parameters))
@@ -169,23 +171,26 @@ class SmtpDelivery:
             return NEEDS_SMTPUTF8
         return (await connection.exchange(octets, 1, self._pool.settings.command_timeout_s))[0]
 
-    async def _open(self, connection: Connection, path: ForwardPath, parameters: RcptParameters) -> Reply:
+    async def _open(
+        self, connection: Connection, path: ForwardPath, parameters: RcptParameters, *, fresh: bool
+    ) -> Reply:
         """MAIL, the recipients accepted on an earlier connection, and a new one: the answer to the new one."""
         offered = connection.offered
         octets = commands.rcpt(path, parameters, offered)
         if not connection.smtputf8 and not octets.isascii():
             self._give_back()
             return NEEDS_SMTPUTF8
-        replies = await self._begin(connection, octets)
+        replies = await self._begin(connection, octets, fresh=fresh)
         if isinstance(replies, Reply):
             return replies
         return replies[-1]
 
-    async def _begin(self, connection: Connection, last: bytes = b"") -> list[Reply] | Reply:
+    async def _begin(self, connection: Connection, last: bytes = b"", *, fresh: bool) -> list[Reply] | Reply:
         """MAIL and RCPTs on a connection without a transaction.
 
         Args:
             last: one more RCPT command, whose reply may be anything.
+            fresh: this is the second attempt.
 
         Returns:
             The replies, or the one answer to the transaction when it cannot be had on this connection.
@@ -215,6 +220,10 @@ class SmtpDelivery:
         if replies[0].code // 100 != 2:
             if 200 <= replies[0].code < 400:
                 return self._broken()
+            if replies[0].transient and connection.deliveries and not fresh:
+                # "Too many messages in this session" and its like: the connection's past is not this client's.
+                connection.quit()
+                raise ConnectionLost(f"{connection.peer}: {replies[0]!r}", replies[0])
             # RFC 5321 §3.3: MAIL was refused; that is the answer to each RCPT.
             self._give_back()
             return self._end_with(CHANGED if self._accepted else replies[0])
@@ -263,7 +272,7 @@ class SmtpDelivery:
             try:
                 if self._connection is None:
                     connection = await self._take(fresh=fresh)
-                    begun = await self._begin(connection)
+                    begun = await self._begin(connection, fresh=fresh)
                     self._pool.lendable.pop(self, None)
                     if isinstance(begun, Reply):
                         return begun
@@ -274,7 +283,7 @@ class SmtpDelivery:
                 if self._final is not None:  # aborted meanwhile
                     return self._final
                 answer = UNREACHABLE if lost.reply is not None else LOST
-                if committed:
+                if committed or lost.expired:
                     return answer  # RFC 1047: it may have been taken; whether to send it again is for the client
                 self._pool.observe("retry", 1)
         return answer
@@ -298,6 +307,7 @@ class SmtpDelivery:
         reply = await connection.send_content(trace_field, content)
         connection.deliveries += 1
         if reply.code // 100 == 2:
+            connection.blemishes = 0
             self._connection = None
             pool.release(connection)  # RFC 5321 §4.1.1.4: its buffers are cleared
             pool.healthy = True

@@ -21,13 +21,13 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from time import time_ns
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from gatepost.backend.content import Content
 from gatepost.backend.pool import Log, to_logging
@@ -39,6 +39,8 @@ from gatepost.smtp.command import MailParameters, RcptParameters
 from gatepost.smtp.path import Mailbox, ReversePath
 from gatepost.smtp.reply import Reply
 from gatepost.verdict import AdmittedRecipient, LocalDomain
+
+T = TypeVar("T")
 
 MAILBOXES_MAX = 10_000
 THREADS = 4  # one fsync each; more only compete for the same disk
@@ -120,11 +122,12 @@ class MailboxBackend:
             raise ValueError(f"backend {settings.name}: embedded mailboxes stand alone")
         self.settings = settings
         self.name = settings.name
-        self.healthy = False
         self.mailboxes_max = mailboxes_max
         self._root = Path(settings.addresses[0].directory)
+        there = next((path for path in (self._root, *self._root.absolute().parents) if path.exists()), self._root)
+        self.healthy = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         self._log: Log = log or to_logging
-        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="mailbox")
+        self._executor: ThreadPoolExecutor | None = ThreadPoolExecutor(THREADS, thread_name_prefix="mailbox")
         self._numbers = count(1)
         self._mailboxes = -1  # counted when the first one is to be made
         self._making = threading.Lock()
@@ -143,13 +146,18 @@ class MailboxBackend:
 
     async def probe(self) -> None:
         """Whether the directory can be written; ``healthy`` tells.  Removes what crashes have left.  Does not raise."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._look)
+        await self.in_thread(self._look)
 
-    async def close(self, grace_s: float = 0.0) -> None:
-        """End the threads; deliveries under way complete."""
+    async def close(self, grace_s: float | None = None) -> None:
+        """End the threads when deliveries under way are complete."""
         del grace_s
-        await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            await asyncio.get_running_loop().run_in_executor(None, executor.shutdown)
+
+    def in_thread(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        """Run what blocks; after ``close`` in one of the loop's own threads."""
+        return asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
 
     # ---- in a thread
 
@@ -289,14 +297,7 @@ class MailboxDelivery:
         head = b"Return-Path: <%b>\r\n%b" % (self._reverse_path.octets, trace_field)
         given_up = threading.Event()
         backend = self._backend
-        work = asyncio.get_running_loop().run_in_executor(
-            backend._executor,  # noqa: SLF001
-            backend.store,
-            list(self._recipients.values()),
-            head,
-            content,
-            given_up,
-        )
+        work = backend.in_thread(backend.store, list(self._recipients.values()), head, content, given_up)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:

@@ -41,7 +41,6 @@ INSECURE = Reply(451, "The server behind this one cannot be reached over verifie
 
 LIMIT_GROWS_S = 5.0  # a limit that the backend made smaller doubles again so often
 SWEEP_S = (0.02, 1.0)
-CLOSE_GRACE_S = 30.0
 
 _log = logging.getLogger("gatepost.backend")
 
@@ -193,7 +192,7 @@ class Pool:
         """Take back a connection on which no transaction is open."""
         if not connection.alive:
             return
-        if connection.deliveries >= self.settings.deliveries or len(self._open) > self._limit:
+        if connection.worn or len(self._open) > self._limit:
             connection.quit()
             return
         waiters = self._waiters
@@ -403,6 +402,7 @@ class Pool:
         self._open.add(connection)
         connection.adopted(self._gone)
         self.release(connection)
+        self._serve()  # who waits beside it need not wait for it
 
     def _gone(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -478,13 +478,19 @@ class Pool:
         await self._connect()
         self._arm()
 
-    async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
-        """Close idle connections now, the others as their transactions end, all of them when the grace is over."""
+    async def close(self, grace_s: float | None = None) -> None:
+        """Close idle connections now and the others when their delivery ends; a transaction may still begin and end.
+
+        Args:
+            grace_s: then cut what is left; None to let every delivery end.
+        """
         loop = self._loop = asyncio.get_running_loop()
         self._closing = True
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.quit()
+        for lender in list(self.lendable):
+            lender.park()  # it gets another one, should its client go on
         if self._open or self._tasks:
             self._emptied = loop.create_future()
             self._arm()
