@@ -187,7 +187,12 @@ class Rates:
         self._counts = counts
         self._rules = settings.rules
         self._per_mailbox = settings.limits.messages_per_hour_per_mailbox
-        self._limited = {e.where: e for e in settings.rules.trust if e.messages_per_hour or e.recipients_per_hour}
+        # By what the entry says and not where it stands, so that an edit of the file above it forgets nothing.
+        self._limited = {
+            e.where: f"{relay.who(e)} {sorted(e.reverse_texts)} {sorted(e.forward_texts)}"
+            for e in settings.rules.trust
+            if e.messages_per_hour or e.recipients_per_hour
+        }
 
     def findings(self, transaction: Transaction, forward_path: ForwardPath) -> list[Finding]:
         """The rates that this recipient would exceed."""
@@ -201,10 +206,11 @@ class Rates:
                     found.append(Finding(relay.MAILBOX_RATE, Result.FAIL, f"{count} messages in this hour"))
         if self._limited:
             for entry in relay.grants(self._rules, transaction.session):
-                if entry.where not in self._limited:
+                key = self._limited.get(entry.where)
+                if key is None:
                     continue
-                messages = self._counts.count(f"messages {entry.where}", now) if entry.messages_per_hour else 0
-                recipients = self._counts.count(f"recipients {entry.where}", now) if entry.recipients_per_hour else 0
+                messages = self._counts.count(f"messages {key}", now) if entry.messages_per_hour else 0
+                recipients = self._counts.count(f"recipients {key}", now) if entry.recipients_per_hour else 0
                 # The first recipient of a transaction counted its message already.
                 full = messages >= entry.messages_per_hour > 0 and transaction.recipients == 0
                 if full or recipients >= entry.recipients_per_hour > 0:
@@ -220,9 +226,10 @@ class Rates:
             if self._per_mailbox:
                 self._counts.add(_mailbox_key(recipient.forward_path), now)
         elif authority.where in self._limited:
+            key = self._limited[authority.where]
             if transaction.recipients == 0:
-                self._counts.add(f"messages {authority.where}", now)
-            self._counts.add(f"recipients {authority.where}", now)
+                self._counts.add(f"messages {key}", now)
+            self._counts.add(f"recipients {key}", now)
 
 
 def _mailbox_key(forward_path: ForwardPath) -> str:

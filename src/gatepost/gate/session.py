@@ -125,7 +125,10 @@ class Session:
         """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
         normalise = self.listener.settings.bare_newlines == "normalise" or (
             self.server.some_normalise
-            and any(e.bare_newlines == "normalise" for e in relay.grants(self.server.settings.rules, self.facts))
+            and any(
+                entry.bare_newlines == "normalise" and not relay.expired(entry, time.time())  # noqa: TID251
+                for entry in relay.grants(self.server.settings.rules, self.facts)
+            )
         )
         self.connection.reader = engine = ServerEngine(frozenset(), self.server.content_limits[normalise])
         return engine

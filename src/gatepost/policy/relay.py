@@ -248,7 +248,7 @@ def _denied_forward_path(
 def _first_in_force(rules: RelayRules, numbers: list[int], now: float) -> Refuse | None:
     for number in sorted(numbers):
         entry = rules.deny[number]
-        if entry.expires_at is None or now < entry.expires_at:
+        if not expired(entry, now):
             return Refuse(Reason.DENIED, entry.where, entry.why, entry.reply)
     return None
 
@@ -306,9 +306,14 @@ def _by_trust(
     return refusal or Refuse(Reason.RELAYING)
 
 
+def expired(entry: TrustEntry | DenyEntry, now: float) -> bool:
+    """Whether the entry is out of force at this time (seconds since the epoch)."""
+    return entry.expires_at is not None and now >= entry.expires_at
+
+
 def _missing(entry: TrustEntry, transaction: Transaction, forward_path: ForwardPath) -> Refuse | Defer | None:
     """Why this grant does not cover the forward-path, whatever its rates."""
-    if entry.expires_at is not None and transaction.now >= entry.expires_at:
+    if expired(entry, transaction.now):
         return Refuse(Reason.EXPIRED_TRUST, entry.where, entry.why)
     if entry.tls_minimum and _tls_version(transaction.session.tls) < _tls_version(f"TLSv{entry.tls_minimum}"):
         return Refuse(Reason.NARROWED, entry.where, "tls_minimum")
