@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from gatepost.smtp import server
 from gatepost.smtp.command import COMMAND_OCTETS_MAX, Hello, Mail, Noop, Quit, Rcpt, Rset, StartTls
 from gatepost.smtp.content import ContentLimits, Defect
 from gatepost.smtp.reply import Reply
@@ -641,6 +642,52 @@ def test_the_same_however_it_is_split_and_whatever_is_answered(
             assert event.octets
             assert event.octets.count(b"\r\n") == event.octets.count(b"\r") == event.octets.count(b"\n")
             assert b"\0" not in event.octets
+
+
+@pytest.mark.parametrize("join_octets", [0, 3, 1 << 12])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(openings, octets_of_all_kinds, some_answers, st.booleans(), st.integers(1, 60), st.integers(0, 60))
+@example(DATA, b"x\r\n.\r\n" + MAIL + RCPT * 5, [OK], False, 25, 30)
+def test_octets_may_come_while_a_question_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+    join_octets: int,
+    opening: bytes,
+    octets: bytes,
+    answers: list[Reply],
+    normalise: bool,
+    idle: int,
+    busy: int,
+) -> None:
+    """So many octets come when the engine wants more, so many before each answer: all the same as at once."""
+    monkeypatch.setattr(server, "JOIN_OCTETS", join_octets)
+    limits = NORMALISE if normalise else LIMITS
+    whole = ServerEngine(OFFERED, limits)
+    expected, expected_said = converse(whole, [opening + octets], cycle(answers))
+    engine = ServerEngine(OFFERED, limits)
+    left, said, answer = opening + octets, b"", cycle(answers)
+    events: list[Event] = []
+    while True:
+        event = engine.next_event()
+        if event is PAUSED:
+            engine.receive(left[:busy])
+            left = left[busy:]
+            engine.respond(next(answer))
+            said += engine.data_to_send()
+        elif not isinstance(event, Signal):
+            events.append(event)
+        elif left:
+            engine.receive(left[:idle])
+            left = left[idle:]
+        else:
+            break
+    said += engine.data_to_send()
+    assert joined(events) == joined(expected)
+    assert _DEFECTS.sub(b"(defect)", said) == _DEFECTS.sub(b"(defect)", expected_said)
+    assert engine.state is whole.state
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])

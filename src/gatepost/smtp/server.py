@@ -200,10 +200,15 @@ class ServerEngine:
         self._position = 0
         if not rest:
             self._buffer = octets
-        elif self.state is State.CONTENT and not self._begun and len(octets) > JOIN_OCTETS:
-            self._begun, self._buffer = rest, octets  # the line that began is joined alone, see _content()
+        elif self._line_began and not self._begun and len(octets) > JOIN_OCTETS:
+            self._begun, self._buffer = rest, octets  # the line that began is joined alone, see _begun_line()
         else:
             self._buffer = rest + octets
+
+    @property
+    def _line_began(self) -> bool:
+        """What is unread is the beginning of a line of content, and not what came behind the end of content."""
+        return self.state is State.CONTENT and self.question is None and not self._ended
 
     @property
     def unread_octets(self) -> int:
