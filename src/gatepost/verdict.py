@@ -44,6 +44,7 @@ class Reason(Enum):
     DENIED = (550, "5.7.1", "Refused by the administrator of this server")
     EXPIRED_TRUST = (550, "5.7.1", "Relaying is prohibited: the permission has expired")
     NARROWED = (550, "5.7.1", "Relaying is prohibited: not from or to this address")
+    TLS_REQUIRED = (530, "5.7.10", "Relaying is prohibited without TLS of a newer version")
     RATE = (450, "4.7.1", "Too much mail in this hour, try again later")
     AUTH_REQUIRED = (530, "5.7.0", "Authentication required")
     TOO_MANY_RECIPIENTS = (452, "4.5.3", "Too many recipients, send the rest in another transaction")

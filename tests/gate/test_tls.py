@@ -129,7 +129,7 @@ def test_files_that_are_no_pair_are_named(authority: trustme.CA, pair: TlsSettin
 def test_a_self_signed_pair_is_made_once_and_is_private(tmp_path: Path) -> None:
     data = tmp_path / "data"
     context = server_context(TlsSettings(), NAME, str(data))
-    path = data / "tls-self-signed.pem"
+    path = data / "tls-self-signed-mx.example.com.pem"
     octets = path.read_bytes()
     assert path.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in data.iterdir()] == [path.name]

@@ -337,8 +337,8 @@ class Limit(Table):
     messages_per_hour_per_mailbox: Count = Field(
         LIMITS.messages_per_hour_per_mailbox, description="Messages in an hour to one local mailbox: mail bombs."
     )
-    content_line: Annotated[Bound, Field(ge=998, le=1 << 20)] = Field(
-        LIMITS.content_line_octets, description="One line of content, without CRLF. From 998 B to 1 MiB."
+    content_line: Annotated[Bound, Field(ge=998, le=1 << 16)] = Field(
+        LIMITS.content_line_octets, description="One line of content, without CRLF. From 998 B to 64 KiB."
     )
     header_section: Annotated[Bound, Field(ge=1 << 10, le=16 << 20)] = Field(
         LIMITS.header_section_octets, description="The header section of a message. From 1 KiB to 16 MiB."

@@ -169,10 +169,12 @@ class Connection(asyncio.Protocol):
         """The client completed a command or a block: its time begins anew.  RFC 5321 §4.5.3.2."""
         self.since = self._loop.time()
 
-    def content_began(self) -> None:
-        """The block timeout applies from now on, and a ceiling on all of the content."""
-        self.in_content = True
-        self.content_since = self.since = self._loop.time()
+    def content_goes_on(self) -> None:
+        """Content is waited for: the block timeout applies, and a ceiling on all of it."""
+        self.since = self._loop.time()
+        if not self.in_content:
+            self.in_content = True
+            self.content_since = self.since
 
     def send(self, octets: bytes) -> bool:
         """Send; True when the peer does not take what was sent, and ``drained`` should be awaited."""
@@ -218,10 +220,10 @@ class Connection(asyncio.Protocol):
         self.since = self._loop.time()
         return str(self.transport.get_extra_info("ssl_object").version())
 
-    def close(self) -> None:
-        """Close after what was written is sent."""
-        if self.transport is not None:
-            self.transport.close()
+    def close(self) -> bool:
+        """Close after what was written is sent; False while the peer has not taken all of it."""
+        self.transport.close()
+        return self.ended is Ended.LOST or self.transport.get_write_buffer_size() == 0
 
     def abort(self) -> None:
         """Close at once."""

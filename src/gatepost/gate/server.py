@@ -57,6 +57,7 @@ from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
 
 REFERENCE_OCTETS = 5
 SWEEP_S = 1.0
+LINGER_S = 10.0  # for a peer to take the last reply
 PROBE_SWEEPS = 5  # a backend that is down is asked again so often
 BUSY_SHARE = 0.8  # of the sessions allowed: beyond it silence is tolerated for a shorter time
 EHLO_SIZE_ROOM_OCTETS = 2048  # our trace field must fit below the backend's own SIZE limit
@@ -194,8 +195,12 @@ class Rates:
             if e.messages_per_hour or e.recipients_per_hour
         }
 
-    def findings(self, transaction: Transaction, forward_path: ForwardPath) -> list[Finding]:
-        """The rates that this recipient would exceed."""
+    def findings(self, transaction: Transaction, forward_path: ForwardPath, counted: set[str]) -> list[Finding]:
+        """The rates that this recipient would exceed.
+
+        Args:
+            counted: the grants under which this transaction was counted as a message already.
+        """
         found: list[Finding] = []
         now = transaction.now
         if self._per_mailbox:
@@ -211,15 +216,14 @@ class Rates:
                     continue
                 messages = self._counts.count(f"messages {key}", now) if entry.messages_per_hour else 0
                 recipients = self._counts.count(f"recipients {key}", now) if entry.recipients_per_hour else 0
-                # The first recipient of a transaction counted its message already.
-                full = messages >= entry.messages_per_hour > 0 and transaction.recipients == 0
+                full = messages >= entry.messages_per_hour > 0 and key not in counted
                 if full or recipients >= entry.recipients_per_hour > 0:
                     evidence = f"{messages} messages and {recipients} recipients in this hour"
                     found.append(Finding(relay.rate_check(entry.where), Result.FAIL, evidence))
         return found
 
-    def admitted(self, recipient: AdmittedRecipient, transaction: Transaction) -> None:
-        """The backend took this recipient."""
+    def admitted(self, recipient: AdmittedRecipient, transaction: Transaction, counted: set[str]) -> None:
+        """The backend took this recipient: count it, and the message under each grant once."""
         now = transaction.now
         authority = recipient.authority
         if isinstance(authority, LocalDomain):
@@ -227,7 +231,8 @@ class Rates:
                 self._counts.add(_mailbox_key(recipient.forward_path), now)
         elif authority.where in self._limited:
             key = self._limited[authority.where]
-            if transaction.recipients == 0:
+            if key not in counted:
+                counted.add(key)
                 self._counts.add(f"messages {key}", now)
             self._counts.add(f"recipients {key}", now)
 
@@ -313,6 +318,7 @@ class Server:
         self._hello_replies: dict[tuple[str, bool], tuple[Reply, frozenset[str]]] = {}
         self._hello_capabilities: list[Capabilities | None] = []
         self._probing: set[str] = set()
+        self._lingering: dict[Connection, float] = {}
         self._sweeps = 0
         self._random = b""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -336,13 +342,13 @@ class Server:
         trace_key = TraceKey.in_data(settings.data)
         if self._counts is None:
             self._counts = HourlyCounts(Path(settings.data) / "counters" / "hourly", self.worker, self.workers)
+        # All that can fail comes first: settings are taken whole or not at all.
+        temporary = _temporary(settings.data)
         backends = await self._backends_for(settings)
         old_backends = [backend for name, backend in self.backends.items() if backends.get(name) is not backend]
         self.settings, self.backends, self.trace_key = settings, backends, trace_key
         self.rates = Rates(self._counts, settings)
-        self.memory = Memory(
-            settings.limits.memory_octets, settings.limits.message_memory_octets, _temporary(settings.data)
-        )
+        self.memory = Memory(settings.limits.memory_octets, settings.limits.message_memory_octets, temporary)
         self.content_limits = [_content_limits(settings.limits, normalise=normalise) for normalise in (False, True)]
         self.some_normalise = any(entry.bare_newlines == "normalise" for entry in settings.rules.trust)
         self.greeting = Reply(220, f"{settings.name} ESMTP Gatepost")
@@ -471,6 +477,11 @@ class Server:
         if self.draining:
             self._idle.set()
 
+    def close(self, connection: Connection) -> None:
+        """Close when all is sent; a peer that does not take it is cut a little later."""
+        if not connection.close():
+            self._lingering[connection] = self.loop.time() + LINGER_S
+
     def failed(self, facts: SessionFacts) -> None:
         """A fault of ours ended a session: the traceback goes to the log, nothing of it to the client."""
         self.metrics.reply("session", "error")
@@ -547,6 +558,9 @@ class Server:
                 late = now - connection.since > command_s
             if late:
                 connection.expire(Ended.TIMEOUT)
+        for connection in [connection for connection, until in self._lingering.items() if now >= until]:
+            del self._lingering[connection]
+            connection.abort()
         if self.draining:
             self._expire_idle()
             return

@@ -68,6 +68,7 @@ class Session:
         "_backend",
         "_closing",
         "_content",
+        "_counted",
         "_delivery",
         "_end",
         "_errors",
@@ -110,6 +111,7 @@ class Session:
         self._delivery: Delivery | None = None
         self._content: Content | None = None
         self._storage_failed = False
+        self._counted: set[str] = set()
         self._errors = 0
         self._refusals = 0
         self._message_number = 0
@@ -169,7 +171,7 @@ class Session:
                 self._forget_transaction()
                 if self.connection.send(self.engine.data_to_send()):
                     await self.connection.drained()
-                self.connection.close()
+                self.server.close(self.connection)
             finally:
                 self.server.ended(self)
 
@@ -186,9 +188,13 @@ class Session:
                 unsent = 0
                 if self._closing:
                     return
-                if moved:
-                    connection.progress()
-                    moved = False
+                if engine.in_content:
+                    connection.content_goes_on()  # refused content makes no events, but it comes
+                else:
+                    connection.in_content = False
+                    if moved:
+                        connection.progress()
+                moved = False
                 if connection.take_fresh():
                     continue
                 if connection.ended is not Ended.NO:
@@ -201,6 +207,12 @@ class Session:
             if kind is ContentChunk:
                 self.content_chunk(event.octets)  # type: ignore[union-attr]
                 continue
+            unsent += 1
+            if unsent >= REPLIES_UNSENT:
+                unsent = 0
+                if connection.send(self.engine.data_to_send()):
+                    await connection.drained()
+                await asyncio.sleep(0)  # a client that pipelines without end is not alone here
             if kind is Refused:
                 self._refused(event)  # type: ignore[arg-type]
                 continue
@@ -211,11 +223,6 @@ class Session:
                 self._count_error()
             if kind is StartTls and engine.state is State.TLS:
                 await self._begin_tls()
-            unsent += 1
-            if unsent >= REPLIES_UNSENT:
-                unsent = 0
-                if connection.send(self.engine.data_to_send()):
-                    await connection.drained()
 
     def _hang_up(self) -> None:
         """No more octets will come: say why, where the client can still hear it.  RFC 5321 §3.8, §4.5.3.2."""
@@ -313,6 +320,7 @@ class Session:
         limit_octets = settings.limits.message_size_octets
         if size_octets and limit_octets and size_octets > limit_octets:  # RFC 1870 §6.1
             return _TOO_LARGE
+        self._look_again()
         transaction = TransactionFacts(self.facts, command.reverse_path, 0, time.time())  # noqa: TID251
         record: TransactionRecord = {
             "reverse_path": str(command.reverse_path),
@@ -326,7 +334,9 @@ class Session:
             refusal = Refuse(Reason.AUTH_REQUIRED)
         if refusal is not None:
             self._transactions.append(record)
-            return self._refuse("mail", refusal, record)
+            reply = self._refuse("mail", refusal, record)
+            self._log_many()
+            return reply
         self.transaction = transaction
         self._transaction_record = record
         self._mail = command
@@ -337,11 +347,13 @@ class Session:
         """One forward-path: admitted with an authority, deferred, or refused.  RFC 5321 §3.3, §4.1.1.3."""
         server, transaction, mail = self.server, self.transaction, self._mail
         assert transaction is not None and mail is not None
+        self._look_again()
+        transaction = transaction._replace(session=self.facts, now=time.time())  # noqa: TID251
         record: RecipientRecord = {"forward_path": str(command.forward_path), "verdict": ""}
         recipients = self._transaction_record["recipients"]
         if len(recipients) < RECIPIENTS_LOGGED:
             recipients.append(record)
-        findings = server.rates.findings(transaction, command.forward_path)
+        findings = server.rates.findings(transaction, command.forward_path, self._counted)
         verdict = relay.decide(server.settings.rules, transaction, command.forward_path, findings)
         if not isinstance(verdict, Admit):
             return self._refuse("rcpt", verdict, record)
@@ -356,7 +368,7 @@ class Session:
         reply = await self._delivery.rcpt(recipient, command.parameters)
         if reply.positive:
             self.transaction = transaction._replace(recipients=transaction.recipients + 1)
-            server.rates.admitted(recipient, transaction)
+            server.rates.admitted(recipient, transaction, self._counted)
         server.metrics.reply("rcpt", "accepted" if reply.positive else "backend")
         return self._answered(record, reply)
 
@@ -365,7 +377,6 @@ class Session:
         if self.engine.unread_octets:  # content before our 354: whoever does that would be talking to a relay
             self._close("unsynchronised")
             return _UNSYNCHRONISED
-        self.connection.content_began()
         return _GO_AHEAD
 
     def content_chunk(self, block: bytes) -> None:
@@ -374,8 +385,6 @@ class Session:
         if content is None:
             content = self._content = Content(self.server.memory)
             self._storage_failed = False
-            if not self.connection.in_content:  # BDAT; after DATA the 354 began it
-                self.connection.content_began()
         if self._storage_failed:
             return
         try:
@@ -396,7 +405,6 @@ class Session:
         """All content is there: refuse it, or hand it on and say what the backend says.  RFC 5321 §4.2.5, §6.1."""
         server, delivery, backend = self.server, self._delivery, self._backend
         assert delivery is not None and backend is not None and self._mail is not None
-        self.connection.in_content = False
         content = self._content or Content(server.memory)
         record = self._transaction_record
         record["size"] = ended.size_octets
@@ -458,6 +466,12 @@ class Session:
         self._end = "quit"
         return self.server.goodbye
 
+    def _look_again(self) -> None:
+        """What a session knew when it began may have changed: which names the client's address has."""
+        hosts = self.server.hosts_of(self.facts.client.address)
+        if hosts != self.facts.hosts:
+            self.facts = self.facts._replace(hosts=hosts)
+
     # ---- answers
 
     def _refuse(self, stage: str, verdict: Refuse | Defer, record: RecipientRecord | TransactionRecord) -> Reply:
@@ -500,9 +514,14 @@ class Session:
         if self._content is not None:
             self._content.close()
             self._content = None
-        self.connection.in_content = False
+        self._storage_failed = False
         self.transaction = None
         self._mail = None
+        self._counted = set()
+        self._log_many()
+
+    def _log_many(self) -> None:
+        """A session that goes on and on gets a line now and then; what is remembered of it is bounded."""
         if len(self._transactions) >= TRANSACTIONS_LOGGED:
             self.server.log.session(self.record())
             self._transactions = []

@@ -34,7 +34,7 @@ def server_context(settings: TlsSettings, name: str, data: str) -> ssl.SSLContex
 
     Args:
         name: the host name that a self-signed certificate is made for.
-        data: where a self-signed pair is kept (``tls-self-signed.pem``), made at first use.
+        data: where a self-signed pair is kept (``tls-self-signed-NAME.pem``), made at first use.
 
     Raises:
         ConfigError: certificate or key cannot be used.
@@ -45,14 +45,21 @@ def server_context(settings: TlsSettings, name: str, data: str) -> ssl.SSLContex
         certificate = key = str(self_signed(name, Path(data)))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _MINIMUM[settings.minimum]
+    if settings.minimum < "1.2":
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # OpenSSL 3 speaks TLS 1.0 and 1.1 at no other level
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
     try:
-        context.load_cert_chain(certificate, key or certificate)
+        context.load_cert_chain(certificate, key or certificate, password=_no_password)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
             [f"[tls] certificate = {certificate!r}, key = {key!r}: {error}; both must be PEM and belong together"]
         ) from error
     return context
+
+
+def _no_password() -> str:
+    """OpenSSL would ask on the terminal, which nobody watches."""
+    raise ssl.SSLError("the key is encrypted; store it without a password, readable by the gate's user alone")
 
 
 def self_signed(name: str, data: Path) -> Path:
@@ -61,7 +68,7 @@ def self_signed(name: str, data: Path) -> Path:
     Raises:
         StorageError: it cannot be written.
     """
-    path = data / "tls-self-signed.pem"
+    path = data / f"tls-self-signed-{name.replace('/', '_')}.pem"
     if path.exists():
         return path
     key = ec.generate_private_key(ec.SECP256R1())

@@ -316,7 +316,7 @@ def _missing(entry: TrustEntry, transaction: Transaction, forward_path: ForwardP
     if expired(entry, transaction.now):
         return Refuse(Reason.EXPIRED_TRUST, entry.where, entry.why)
     if entry.tls_minimum and _tls_version(transaction.session.tls) < _tls_version(f"TLSv{entry.tls_minimum}"):
-        return Refuse(Reason.NARROWED, entry.where, "tls_minimum")
+        return Refuse(Reason.TLS_REQUIRED, entry.where, f"tls_minimum {entry.tls_minimum}")
     if entry.reverse_texts and entry.reverse_texts.isdisjoint(pattern_texts(transaction.reverse_path)):
         return Refuse(Reason.NARROWED, entry.where, "reverse_paths")
     # A narrowed grant covers a forward-path only if no backend can read it as another one.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from gatepost.smtp.reply import Reply
 
-LINE_OCTETS_CEILING = 1 << 20  # a content line with the limit switched off is still bounded
+LINE_OCTETS_CEILING = 1 << 16  # a content line with the limit switched off is still bounded
 _NOT_FRAMING = bytes(octet for octet in range(256) if octet not in b"\r\n\0")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _CR_OR_DOT = re.compile(rb"\r(?:[^\n]|\n\.)")  # a bare CR, or a line that begins with a period
@@ -81,7 +81,7 @@ class _Inspector:
 
     def __init__(self, limits: ContentLimits) -> None:
         self._limits = limits
-        self._line_max = limits.content_line_octets or LINE_OCTETS_CEILING
+        self._line_max = min(limits.content_line_octets or LINE_OCTETS_CEILING, LINE_OCTETS_CEILING)
         self._size_max = limits.message_size_octets
         self._in_header = True
         self._header_octets = 0

@@ -122,6 +122,8 @@ _TABLE: Final[dict[State, dict[type, State | None]]] = {
     State.CHUNKED: {**_HELLO, Rset: State.READY},  # RFC 3030 §2: nothing but BDAT, RSET and the harmless
 }
 
+_IN_CONTENT: Final = frozenset({State.CONTENT, State.CHUNK, State.CHUNKED})
+
 _HELLO_FIRST = Reply(503, "Say EHLO or HELO first", "5.5.1")
 _MAIL_FIRST = Reply(503, "MAIL first", "5.5.1")
 _RCPT_FIRST = Reply(503, "RCPT first", "5.5.1")
@@ -214,6 +216,11 @@ class ServerEngine:
     def unread_octets(self) -> int:
         """Received and not yet taken: what a client sent without waiting for replies."""
         return len(self._begun) + len(self._buffer) - self._position
+
+    @property
+    def in_content(self) -> bool:
+        """A message is on its way: in content, in or between chunks, or in a chunk that is dropped."""
+        return self.state in _IN_CONTENT or self._swallow_reply is not None
 
     def next_event(self) -> Event | Signal:
         """The next thing the peer said, in order."""

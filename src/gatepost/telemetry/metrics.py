@@ -45,6 +45,7 @@ REASONS = (
     "denied",
     "expired_trust",
     "narrowed",
+    "tls_required",
     "rate",
     "auth_required",
     "too_many_recipients",
