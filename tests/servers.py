@@ -17,6 +17,7 @@ import pwd
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -75,7 +76,7 @@ def _opensmtpd() -> Path:
         raise Missing("OpenSMTPD must be started by root")
     program = CACHE / "opensmtpd" / "usr" / "sbin" / "smtpd"
     _try([str(program), "-h"], "OpenSMTPD", status=1)
-    _try(["unshare", "--mount", "true"], "unshare --mount")
+    _try(["chroot", "/", "true"], "chroot")
     return program
 
 
@@ -214,7 +215,9 @@ class Server:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-        # What it has started is in the session that was made for it, and nothing else is.
+        # What it has started is in the session that was made for it, and nothing else is; most of it in its group.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         left: list[int] = []
         for _ in range(100):
             left = [pid for pid, _, session in _processes() if session == process.pid]
@@ -441,51 +444,61 @@ nowhere:
 
 
 class OpenSmtpd(Server):
-    """OpenSMTPD, in a mount namespace of its own, where its compiled-in paths and users exist."""
+    """OpenSMTPD, in a root directory of its own: its users and the places of its programs are compiled into it."""
 
     name = "opensmtpd"
 
+    @property
+    def root(self) -> Path:
+        return self.directory / "root"
+
+    def mailbox(self, user: str) -> Path:
+        return self.root / "mail" / user
+
     def _prepare(self) -> None:
-        home = self.directory / "home"
-        for name in ("mail", "empty", "spool", "home"):
-            (self.directory / name).mkdir()
-        ours = ("opensmtpd:", "opensmtpq:", "gpmail:")
-        passwd, group = (
-            [line for line in Path(file).read_text().splitlines() if not line.startswith(ours)]
-            for file in ("/etc/passwd", "/etc/group")
-        )
-        for number, name in enumerate(("opensmtpd", "opensmtpq", "gpmail"), 60801):
-            place = home if name == "gpmail" else "/var/lib/opensmtpd/empty"
-            passwd.append(f"{name}:x:{number}:{number}::{place}:/bin/sh")
-            group.append(f"{name}:x:{number}:")
-        (self.directory / "passwd").write_text("\n".join(passwd) + "\n")
-        (self.directory / "group").write_text("\n".join(group) + "\n")
-        for owned in (self.directory / "mail", home):
-            os.chown(owned, 60803, 60803)
+        etc = self.root / "etc"
+        for place in ("etc", "dev", "run", "tmp", "mail", "home", "var/lib/opensmtpd/empty", "var/spool/smtpd"):
+            (self.root / place).mkdir(parents=True)
+        (self.root / "var" / "run").symlink_to("../run")
+        for place in ("var/lib/opensmtpd/empty", "var/spool/smtpd"):
+            (self.root / place).chmod(0o711)
+        (self.root / "tmp").chmod(0o1777)
+        for name, minor in (("null", 3), ("zero", 5), ("random", 8), ("urandom", 9)):
+            os.mknod(self.root / "dev" / name, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+            (self.root / "dev" / name).chmod(0o666)
+        self._copy_programs()
+        users = [("root", 0, "/"), ("nobody", 65534, "/")]
+        users += [(name, 60801 + n, "/var/lib/opensmtpd/empty") for n, name in enumerate(("opensmtpd", "opensmtpq"))]
+        users += [("keeper", 60803, "/home")]
+        (etc / "passwd").write_text("".join(f"{name}:x:{uid}:{uid}::{home}:/bin/sh\n" for name, uid, home in users))
+        (etc / "group").write_text("".join(f"{name}:x:{uid}:\n" for name, uid, _ in users))
+        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
+        (etc / "hosts").write_text("127.0.0.1 localhost\n")
+        (etc / "mailname").write_text("opensmtpd.test\n")
+        for place in ("mail", "home"):
+            os.chown(self.root / place, 60803, 60803)
         recipients = ", ".join(f"{user}@{DOMAIN}" for user in USERS)
-        mailboxes = ", ".join(f"{user}@{DOMAIN} = gpmail" for user in USERS)
-        (self.directory / "smtpd.conf").write_text(
+        mailboxes = ", ".join(f"{user}@{DOMAIN} = keeper" for user in USERS)
+        (etc / "smtpd.conf").write_text(
             f"smtp max-message-size {MESSAGE_OCTETS_MAX}\n"
             f"table mailboxes {{ {mailboxes} }}\n"
             f"listen on 127.0.0.1 port {self.port} hostname opensmtpd.test\n"
-            f'action keep maildir "{self.directory}/mail/%{{rcpt.user}}" virtual <mailboxes>\n'
+            'action keep maildir "/mail/%{rcpt.user}" virtual <mailboxes>\n'
             f"match from any for rcpt-to {{ {recipients} }} action keep\n"
         )
-        libexec = CACHE / "opensmtpd" / "usr" / "libexec" / "opensmtpd"
-        (self.directory / "start.sh").write_text(
-            "set -e\n"
-            "mount --make-rprivate /\n"
-            f"mount --bind {self.directory}/passwd /etc/passwd\n"
-            f"mount --bind {self.directory}/group /etc/group\n"
-            # The files bound below lie under directories that these hide.
-            f"mkdir -p {self.directory}/libexec && mount --bind {libexec} {self.directory}/libexec\n"
-            "mkdir -p /usr/libexec && mount -t tmpfs none /usr/libexec && mkdir /usr/libexec/opensmtpd\n"
-            f"mount --bind {self.directory}/libexec /usr/libexec/opensmtpd\n"
-            "mount -t tmpfs none /var/lib && mkdir -p /var/lib/opensmtpd/empty && chmod 711 /var/lib/opensmtpd/empty\n"
-            "mount -t tmpfs none /var/spool && mkdir -p /var/spool/smtpd && chmod 711 /var/spool/smtpd\n"
-            "mount -t tmpfs none /run\n"
-            f'exec "{self.program}" -d -f {self.directory}/smtpd.conf\n'
-        )
+
+    def _copy_programs(self) -> None:
+        unpacked = CACHE / "opensmtpd"
+        programs = {path: path.relative_to(unpacked) for path in (unpacked / "usr/libexec/opensmtpd").iterdir()}
+        programs[unpacked / "usr/sbin/smtpd"] = Path("usr/sbin/smtpd")
+        programs[Path("/bin/sh").resolve()] = Path("bin/sh")  # a delivery is a command
+        for program in list(programs):
+            listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+            programs |= {Path(word): Path(word[1:]) for word in listed.split() if word.startswith("/")}
+        for source, place in programs.items():
+            target = self.root / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
 
     def _command(self) -> list[str]:
-        return ["unshare", "--mount", "sh", str(self.directory / "start.sh")]
+        return ["chroot", str(self.root), "/usr/sbin/smtpd", "-d", "-f", "/etc/smtpd.conf"]

@@ -119,6 +119,33 @@ async def test_a_waiter_that_is_cancelled_takes_no_connection_with_it():
         await backend.close()
 
 
+async def test_who_wants_a_new_connection_gets_one_though_the_pool_is_full_of_idle_ones():
+    async with Scripted() as server:
+        pool = backend_of(server.port, connections=1)._pool
+        old = await pool.acquire()
+        pool.release(old)
+        new = await pool.acquire(fresh=True)
+        assert new is not old
+        assert not old.alive
+        pool.release(new)
+        assert await pool.acquire() is new
+        new.close()
+        await server.until(lambda: server.open == 0)
+        await pool.close()
+
+
+async def test_a_fault_of_ours_while_connecting_keeps_nobody_waiting(monkeypatch, caplog):
+    async def faulty(*_arguments: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("gatepost.backend.pool.open_connection", faulty)
+    backend = backend_of(1)
+    replies = await asyncio.gather(*(send(backend) for _ in range(3)))
+    assert {code(reply) for reply in replies} == {"451 4.4.1"}
+    assert "ours" in caplog.text
+    await backend.close()
+
+
 async def test_idle_connections_are_closed_with_quit():
     async with Scripted() as server:
         backend = backend_of(server.port, idle_s=0.1)
