@@ -221,9 +221,11 @@ async def test_the_past_of_a_connection_is_not_the_clients(answer):
         for _ in range(5):
             assert (await send(backend)).code == 250
         assert [session.verbs.count("DATA") for session in server.sessions] == [2, 2, 1]
-        server.on["MAIL"] = lambda _session, _argument: b"450 4.7.1 Greylisted"
-        assert (await send(backend)).octets() == b"450 4.7.1 Greylisted\r\n"
+        server.on["MAIL"] = lambda _session, _argument: b"452 4.3.1 Disk full"
+        assert (await send(backend)).octets() == b"452 4.3.1 Disk full\r\n"
         assert len(server.sessions) == 4, "a new connection says the same: that is the answer"
+        assert (await send(backend)).code == 452
+        assert len(server.sessions) == 4
         await backend.close()
 
 

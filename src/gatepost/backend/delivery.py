@@ -220,8 +220,8 @@ class SmtpDelivery:
         if replies[0].code // 100 != 2:
             if 200 <= replies[0].code < 400:
                 return self._broken()
-            if replies[0].transient and connection.deliveries and not fresh:
-                # "Too many messages in this session" and its like: the connection's past is not this client's.
+            if replies[0].code == 452 and connection.deliveries and not fresh:
+                # "452 Too many messages in this session" and its like: the connection's past is not this client's.
                 connection.quit()
                 raise ConnectionLost(f"{connection.peer}: {replies[0]!r}", replies[0])
             # RFC 5321 §3.3: MAIL was refused; that is the answer to each RCPT.
