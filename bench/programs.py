@@ -268,6 +268,7 @@ class PostfixProxy(Program):
     title = "Postfix, before-queue proxy"
     inet = "127.0.0.1:{port} inet n - n - - smtpd -o smtpd_proxy_filter=127.0.0.1:{sink}\n"
     extra = ""
+    logs = True
 
     @classmethod
     def missing(cls) -> str:
@@ -290,7 +291,7 @@ daemon_directory = {daemons}
 command_directory = /usr/sbin
 mail_owner = postfix
 setgid_group = postdrop
-maillog_file = {self.directory / "postfix.log"}
+{f"maillog_file = {self.directory / 'postfix.log'}" if self.logs else ""}
 maillog_file_prefixes = {self.directory}
 myhostname = postfix.bench.test
 mydestination =
@@ -338,6 +339,15 @@ postlog   unix-dgram n - n - 1 postlogd
         if checked.returncode != 0:
             raise Failed(f"postfix check: {checked.stderr}")
         return [Path(daemons) / "master", "-c", etc, "-s"]
+
+
+class PostfixLean(PostfixProxy):
+    """The same without what it does by default and HAProxy does not: no log, no limits a client."""
+
+    name = "postfix-lean"
+    title = "Postfix, before-queue proxy (no log, no client limits)"
+    logs = False
+    extra = "smtpd_client_connection_count_limit = 0\n"
 
 
 class Postscreen(PostfixProxy):
@@ -487,5 +497,5 @@ class Direct(Program):
         """There is nothing to start."""
 
 
-PEERS: tuple[type[Program], ...] = (PostfixProxy, HAProxy, Postscreen, NginxMail, Aiosmtpd)
+PEERS: tuple[type[Program], ...] = (PostfixProxy, HAProxy, PostfixLean, Postscreen, NginxMail, Aiosmtpd)
 PEERS_BY_DEFAULT = ("postfix", "haproxy")

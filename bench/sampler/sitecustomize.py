@@ -38,6 +38,8 @@ class Sampler:
             signal.signal(signal.SIGPROF, signal.SIG_IGN)
             self._path.write_text(json.dumps({"own": self._own, "total": self._total, "lines": self._lines}))
         else:
+            for counts in (self._own, self._total, self._lines):
+                counts.clear()
             signal.signal(signal.SIGPROF, self.sample)
             signal.setitimer(signal.ITIMER_PROF, INTERVAL_S, INTERVAL_S)
 
