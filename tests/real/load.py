@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -83,44 +84,45 @@ class Load:
             self.wrong.append(repr(error))
 
     def _deliver_all(self, source: str) -> None:
-        wire: Wire | None = None
-        in_session = 0
-        while not self._stop.is_set():
-            try:
-                number = self._numbers.get_nowait()
-            except queue.Empty:
-                break
-            while True:
-                if wire is None:
-                    wire = self._connected(source)
-                    in_session = 0
+        pending: list[int] = []
+        while self._take(pending):
+            with self._connected(source) as wire:
                 try:
-                    if self._deliver(wire, number):
-                        break
+                    self._session(wire, pending)
                 except (HungUp, OSError) as error:
                     with self._lock:
                         self.hangups.append(str(error))
-                    wire.close()
-                    wire = None
-            in_session += 1
-            if in_session == self.per_session:
-                wire.say("QUIT")
-                wire.close()
-                wire = None
-        if wire is not None:
-            wire.say("QUIT")
-            wire.close()
+
+    def _take(self, pending: list[int]) -> bool:
+        """Whether there is a message to deliver: the one that is pending, or else the next."""
+        if not pending and not self._stop.is_set():
+            with suppress(queue.Empty):
+                pending.append(self._numbers.get_nowait())
+        return bool(pending)
+
+    def _session(self, wire: Wire, pending: list[int]) -> None:
+        in_session = 0
+        while self._take(pending):
+            if self._deliver(wire, pending[0]):
+                pending.clear()
+                in_session += 1
+                if in_session == self.per_session:
+                    break
+        wire.say("QUIT")
 
     def _connected(self, source: str) -> Wire:
         end = time.monotonic() + PATIENCE_S
         while True:
+            wire: Wire | None = None
             try:
                 wire = Wire(self.port, source=source)
                 wire.hello("gate-under-test")
                 return wire
             except (HungUp, OSError):
-                # A connection to a worker that dies while it waits for its greeting.
-                if time.monotonic() > end:
+                # A worker died while this connection waited for its greeting.
+                if wire is not None:
+                    wire.close()
+                if self._stop.is_set() or time.monotonic() > end:
                     raise
                 time.sleep(0.05)
 
@@ -132,8 +134,8 @@ class Load:
             reply = wire.say("DATA")
             if reply.startswith("354"):
                 content = f"Subject: load {number}\r\n\r\n{'x' * 70}\r\n".encode() + b"y" * 500 + b"\r\n"
-                wire.send(content + b".\r\n")
                 try:
+                    wire.send(content + b".\r\n")
                     reply = wire.reply()
                 except (HungUp, OSError):
                     with self._lock:
