@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gatepost.errors import StorageError
 from gatepost.facts import Client, Identity, Session, client_address
-from gatepost.gate.trace import KEY_OCTETS, Dates, TraceKey, TraceRecord, trace_field
+from gatepost.gate.trace import KEY_OCTETS, Dates, TraceKey, TraceRecord, trace_field, trace_head
 
 SECONDS = 1_767_225_599  # Wed, 31 Dec 2025 23:59:59 +0000
 DATE = "Wed, 31 Dec 2025 23:59:59 +0000"
@@ -134,7 +134,7 @@ FIELD = re.compile(
 
 
 def field_of(one: Session, *, utf8: bool = False) -> bytes:
-    return trace_field(one, "mx.example.com", "K7Q2M9XA.1", KEY.seal(one, SECONDS), DATE, utf8=utf8)
+    return trace_field(trace_head(one, "mx.example.com", utf8=utf8), "K7Q2M9XA.1", KEY.seal(one, SECONDS), DATE)
 
 
 def test_the_field_as_a_whole() -> None:

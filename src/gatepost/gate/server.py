@@ -176,6 +176,8 @@ class Listener:
             connection.transport.write(refusal)
             connection.close()
             return
+        if self.settings.tls == "implicit":
+            connection.hold_reading()  # a ClientHello that is there already is for TLS and nobody else
         session = Session(server, self, connection, client)
         server.begun(session)
         connection.task = server.spawn(session.run(octets))

@@ -21,7 +21,7 @@ from gatepost.facts import Client, Identity
 from gatepost.facts import Session as SessionFacts
 from gatepost.facts import Transaction as TransactionFacts
 from gatepost.gate.connection import Connection, Ended
-from gatepost.gate.trace import trace_field
+from gatepost.gate.trace import trace_field, trace_head
 from gatepost.policy import relay
 from gatepost.smtp.command import Auth, Data, Expn, Hello, Help, Mail, Noop, Quit, Rcpt, Rset, StartTls, Vrfy
 from gatepost.smtp.reply import Reply
@@ -72,6 +72,9 @@ class Session:
         "_delivery",
         "_end",
         "_errors",
+        "_head",
+        "_head_of",
+        "_head_utf8",
         "_mail",
         "_message_number",
         "_refusals",
@@ -122,6 +125,9 @@ class Session:
         self._sealed_at = 0
         self._sealed_for: Identity | None = None
         self._token = ""
+        self._head_of: SessionFacts | None = None
+        self._head_utf8 = False
+        self._head = ""
 
     def _new_engine(self) -> ServerEngine:
         """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
@@ -171,8 +177,8 @@ class Session:
                 self._forget_transaction()
                 if self.connection.send(self.engine.data_to_send()):
                     await self.connection.drained()
-                self.server.close(self.connection)
             finally:
+                self.server.close(self.connection)  # whatever happened: nothing sweeps it once the session has ended
                 self.server.ended(self)
 
     async def _converse(self) -> None:
@@ -348,7 +354,12 @@ class Session:
         server, transaction, mail = self.server, self.transaction, self._mail
         assert transaction is not None and mail is not None
         self._look_again()
-        transaction = transaction._replace(session=self.facts, now=time.time())  # noqa: TID251
+        transaction = TransactionFacts(
+            self.facts,
+            mail.reverse_path,
+            transaction.recipients,
+            time.time(),  # noqa: TID251
+        )
         record: RecipientRecord = {"forward_path": str(command.forward_path), "verdict": ""}
         recipients = self._transaction_record["recipients"]
         if len(recipients) < RECIPIENTS_LOGGED:
@@ -367,7 +378,9 @@ class Session:
             return self._refuse("rcpt", Defer(Reason.OTHER_ROUTE), record)
         reply = await self._delivery.rcpt(recipient, command.parameters)
         if reply.positive:
-            self.transaction = transaction._replace(recipients=transaction.recipients + 1)
+            self.transaction = TransactionFacts(
+                self.facts, mail.reverse_path, transaction.recipients + 1, transaction.now
+            )
             server.rates.admitted(recipient, transaction, self._counted)
         server.metrics.reply("rcpt", "accepted" if reply.positive else "backend")
         return self._answered(record, reply)
@@ -418,12 +431,10 @@ class Session:
         record["message"] = message
         now = int(time.time())  # noqa: TID251
         field = trace_field(
-            self.facts,
-            server.settings.name,
+            self._trace_head(utf8=self._mail.parameters.smtputf8),
             message,
             self._trace_token(now),
             server.dates.text(now),
-            utf8=self._mail.parameters.smtputf8,
         )
         began = server.loop.time()
         self._delivery = None  # from here on it is the backend's, to the end
@@ -431,6 +442,12 @@ class Session:
         server.metrics.delivered(backend.name, server.loop.time() - began)
         # The one line where content is answered with 250: the reply is the backend's own.
         return self._finish(reply, "accepted" if reply.positive else "backend")
+
+    def _trace_head(self, *, utf8: bool) -> str:
+        if self._head_of is not self.facts or self._head_utf8 is not utf8:
+            self._head_of, self._head_utf8 = self.facts, utf8
+            self._head = trace_head(self.facts, self.server.settings.name, utf8=utf8)
+        return self._head
 
     def _trace_token(self, seconds: int) -> str:
         """What tells the operator which session this was; made again where it says something else."""
@@ -507,9 +524,9 @@ class Session:
 
     def _forget_transaction(self) -> None:
         """Give back all that a transaction holds: a new one begins from nothing."""
-        if self._delivery is not None:
-            self._delivery.abort()
-            self._delivery = None
+        delivery, self._delivery = self._delivery, None  # first: an abort that fails is not tried again
+        if delivery is not None:
+            delivery.abort()
         self._backend = None
         if self._content is not None:
             self._content.close()

@@ -101,11 +101,11 @@ class Dates:
         return self._text
 
 
-def trace_field(session: Session, name: str, message: str, token: str, date: str, *, utf8: bool) -> bytes:
-    """Our Received field, CRLF included.  RFC 5321 §4.4.
+def trace_head(session: Session, name: str, *, utf8: bool) -> str:
+    """The part of the trace field that says who and how, which a session's messages have in common.  RFC 5321 §4.4.
 
     Args:
-        name: this gate's host name; message: the reference of the message in the log; token: from ``TraceKey.seal``.
+        name: this gate's host name.
         utf8: the transaction has SMTPUTF8.
     """
     hello = _NOT_IN_HELLO.sub("?", session.hello[:_HELLO_MAX]) or "unknown"
@@ -116,9 +116,13 @@ def trace_field(session: Session, name: str, message: str, token: str, date: str
         protocol = "SMTP"
     else:
         protocol = ("UTF8SMTP" if utf8 else "ESMTP") + ("S" if session.tls else "") + ("A" if session.identity else "")
-    return (
-        f"Received: from {hello} ({literal})\r\n"
-        f"\tby {name} (Gatepost) with {protocol} id {message}\r\n"
-        f"\t(token {token});\r\n"
-        f"\t{date}\r\n"
-    ).encode()
+    return f"Received: from {hello} ({literal})\r\n\tby {name} (Gatepost) with {protocol} id "
+
+
+def trace_field(head: str, message: str, token: str, date: str) -> bytes:
+    """Our Received field, CRLF included.  RFC 5321 §4.4.
+
+    Args:
+        head: from ``trace_head``; message: the reference of the message in the log; token: from ``TraceKey.seal``.
+    """
+    return f"{head}{message}\r\n\t(token {token});\r\n\t{date}\r\n".encode()
