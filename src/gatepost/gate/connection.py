@@ -57,6 +57,22 @@ class _Nobody:
 _NOBODY = _Nobody()
 
 
+class _Keeper:
+    """Before the handshake of implicit TLS: what comes is for TLS and for nobody else."""
+
+    __slots__ = ("octets",)
+
+    def __init__(self, octets: bytes) -> None:
+        self.octets = octets
+
+    @property
+    def unread_octets(self) -> int:
+        return len(self.octets)
+
+    def receive(self, octets: bytes) -> None:
+        self.octets += octets
+
+
 class Connection(asyncio.Protocol):
     """One accepted TCP connection.
 
@@ -191,14 +207,30 @@ class Connection(asyncio.Protocol):
             finally:
                 self._drained = None
 
+    def keep(self, octets: bytes) -> None:
+        """Keep these and all that come until ``take_kept``."""
+        self.reader = _Keeper(octets)
+
+    def take_kept(self, reader: Reader) -> bytes | None:
+        """What was kept, None where nothing had to be; what comes behind the handshake is for this reader."""
+        kept = self.reader
+        if not isinstance(kept, _Keeper):
+            return None
+        self.hold_reading()
+        self.reader = reader
+        return kept.octets
+
     def hold_reading(self) -> None:
         """Read nothing more in plain text: called before the 220 that answers STARTTLS."""
         if not self._paused:
             self._paused = True
             self.transport.pause_reading()
 
-    async def start_tls(self, context: ssl.SSLContext, timeout_s: float) -> str:
+    async def start_tls(self, context: ssl.SSLContext, timeout_s: float, early: bytes = b"") -> str:
         """The TLS handshake as server.
+
+        Args:
+            early: the beginning of the client's part, where the loop has read it already.
 
         Returns:
             The protocol version, such as "TLSv1.3".
@@ -207,10 +239,14 @@ class Connection(asyncio.Protocol):
             OSError: the handshake failed or took too long (ssl.SSLError and ConnectionError are OSErrors).
         """
         self._fresh = False
+        handshake = self._loop.create_task(
+            self._loop.start_tls(self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s)
+        )
         try:
-            transport = await self._loop.start_tls(
-                self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s
-            )
+            if early:
+                await asyncio.sleep(0)  # the protocol of TLS is in its place, and begins in the loop's next round
+                self._loop.call_soon(_feed, self.transport, early)
+            transport = await handshake
         except TimeoutError as error:
             raise ConnectionAbortedError("TLS handshake took too long") from error
         if transport is None:
@@ -253,3 +289,14 @@ class Connection(asyncio.Protocol):
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+def _feed(transport: asyncio.Transport, octets: bytes) -> None:
+    """Hand octets to the transport's buffered protocol as the loop does; neither loop has a word for it."""
+    protocol = cast("asyncio.BufferedProtocol", transport.get_protocol())  # uvloop's is one by its methods
+    while octets and not transport.is_closing():
+        room = memoryview(protocol.get_buffer(len(octets)))
+        taken = min(len(room), len(octets))
+        room[:taken] = octets[:taken]
+        protocol.buffer_updated(taken)
+        octets = octets[taken:]

@@ -176,9 +176,9 @@ class Listener:
             connection.transport.write(refusal)
             connection.close()
             return
-        if self.settings.tls == "implicit":
-            connection.hold_reading()  # a ClientHello that is there already is for TLS and nobody else
         session = Session(server, self, connection, client)
+        if self.settings.tls == "implicit":
+            connection.keep(octets)  # a ClientHello may be there before the session's first step
         server.begun(session)
         connection.task = server.spawn(session.run(octets))
 

@@ -147,11 +147,12 @@ class Session:
         """Hold the conversation until it ends; whatever happens, the transaction is given up and the line logged.
 
         Args:
-            octets: what came behind a PROXY header.
+            octets: what came behind a PROXY header in plain text.
         """
         try:
-            if self.listener.settings.tls == "implicit":  # RFC 8314 §3.3
-                await self._handshake(octets)
+            early = self.connection.take_kept(self.engine)
+            if early is not None:  # implicit TLS.  RFC 8314 §3.3
+                await self._handshake(early)
             elif octets:
                 self.engine.receive(octets)
             await asyncio.sleep(0)  # one look at what came in with the connection
@@ -291,20 +292,18 @@ class Session:
         # RFC 3207 §4.2: new facts and a new engine, so that nothing learned before can linger.
         self.facts = self.facts._replace(hello="", esmtp=False, identity=None)
         self.engine = self._new_engine()
-        await self._handshake(b"")
+        await self._handshake()
 
-    async def _handshake(self, octets: bytes) -> None:
+    async def _handshake(self, early: bytes = b"") -> None:
         """The TLS handshake; a client that fails it hears nothing more.
 
         Args:
-            octets: received before it in plain text; there must be none, they could be somebody else's.
+            early: of implicit TLS, where no octet is anything but TLS; behind STARTTLS there is none (RFC 3207 §4).
         """
         context = self.listener.tls
         assert context is not None
         try:
-            if octets:
-                raise ConnectionAbortedError("plain text before TLS")
-            version = await self.connection.start_tls(context, self.server.settings.timeouts.tls_handshake_s)
+            version = await self.connection.start_tls(context, self.server.settings.timeouts.tls_handshake_s, early)
         except OSError as error:
             self.server.metrics.reply("tls", "error")
             self._close(f"TLS handshake failed: {error}")
@@ -528,6 +527,7 @@ class Session:
         if delivery is not None:
             delivery.abort()
         self._backend = None
+        self.connection.in_content = False  # a message that is pipelined behind this one has a time of its own
         if self._content is not None:
             self._content.close()
             self._content = None
