@@ -66,10 +66,11 @@ import fcntl, os, signal, sys
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o644)
 fcntl.flock(file, fcntl.LOCK_EX)
 os.write(file, sys.argv[2].encode() if len(sys.argv) > 2 else f"{os.getpid()}\\n".encode())
-signal.signal(signal.SIGHUP, lambda *_: print("HUP", flush=True))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # one that comes at once is not lost
 print("ready", flush=True)
 while True:
-    signal.pause()
+    signal.sigwait([signal.SIGHUP])
+    print("HUP", flush=True)
 """
 
 

@@ -35,7 +35,7 @@ def open_files(directory: Path) -> int:
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every temporary file is on a disk without room."""
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Path("/dev/full").open("w+b"))  # noqa: A006, SIM115
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir, buffering: Path("/dev/full").open("w+b"))  # noqa: A006, SIM115
 
 
 def test_an_empty_message_is_content_too(tmp_path: Path) -> None:

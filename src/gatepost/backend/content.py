@@ -12,11 +12,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from gatepost.errors import StorageError
 
 READ_OCTETS = 1 << 18
+FILE_BUFFER_OCTETS = 1 << 13  # the default of newer Pythons is 128 KiB, for each of a thousand slow clients
 OVERHEAD_OCTETS = 64  # what a bytes object costs besides its octets: many tiny blocks are counted honestly
 
 
@@ -81,7 +82,8 @@ class Content:
 
     def _to_file(self) -> None:
         try:
-            self._file = tempfile.TemporaryFile(dir=self._memory.directory)
+            file = tempfile.TemporaryFile(dir=self._memory.directory, buffering=FILE_BUFFER_OCTETS)  # noqa: SIM115
+            self._file = cast("BinaryIO", file)
             for block in self._blocks:
                 self._file.write(block)
         except OSError as error:

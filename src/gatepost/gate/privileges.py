@@ -104,7 +104,7 @@ def prepare_data(data: str, account: Account | None, where: str) -> None:
                 os.chown(path, account.uid, account.gid)
         reached = usable = is_directory = False
         with acting_as(account), contextlib.suppress(PermissionError):
-            is_directory = path.is_dir()
+            is_directory = stat.S_ISDIR(path.stat().st_mode)  # Path.is_dir() of newer Pythons hides what forbids it
             reached = True
             usable = is_directory and os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True)
     except OSError as error:
