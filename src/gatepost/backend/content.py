@@ -82,7 +82,7 @@ class Content:
 
     def _to_file(self) -> None:
         try:
-            file = tempfile.TemporaryFile(dir=self._memory.directory, buffering=FILE_BUFFER_OCTETS)  # noqa: SIM115
+            file = tempfile.TemporaryFile(dir=self._memory.directory, buffering=FILE_BUFFER_OCTETS)
             self._file = cast("BinaryIO", file)
             for block in self._blocks:
                 self._file.write(block)
