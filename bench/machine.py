@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import platform
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -61,6 +63,22 @@ def _own_cgroup() -> Path | None:
                     return None
                 return own
     return None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """PSS by process: pages of files apart, since their share moves with every other process that maps them."""
+
+    private_kib: dict[int, int]
+    file_kib: dict[int, int]
+
+    def total_kib(self) -> int:
+        return sum(self.private_kib.values()) + sum(self.file_kib.values())
+
+    def more_than_kib(self, base: Memory) -> int:
+        """What was added: private pages of all processes, and all pages of the processes that are new."""
+        new = sum(kib for pid, kib in self.file_kib.items() if pid not in base.file_kib)
+        return sum(self.private_kib.values()) - sum(base.private_kib.values()) + new
 
 
 class Processes:
@@ -141,19 +159,21 @@ class Processes:
                 ticks += sum(int(field) for field in fields[11:15])  # utime, stime, and those of children waited for
         return ticks / TICKS_PER_S
 
-    def pss_kib(self) -> int:
-        """Proportional set size: a shared page counts in parts, so that the sum over processes is what they take."""
-        total = 0
+    def memory(self) -> Memory:
+        """The proportional set size of each process: a shared page counts in parts."""
+        private_kib: dict[int, int] = {}
+        file_kib: dict[int, int] = {}
         for pid in self.pids():
             try:
-                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
-                        total += int(line.split()[1])
+                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended in between
             except PermissionError:
                 raise Failed(f"the memory of {self.name} belongs to another user: root may read it") from None
-        return total
+            kib = {line.split()[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
+            file_kib[pid] = kib["Pss_File:"]
+            private_kib[pid] = kib["Pss:"] - kib["Pss_File:"]
+        return Memory(private_kib, file_kib)
 
     def stop(self) -> None:
         """TERM to the first process; what is left after STOP_TIMEOUT_S is killed."""
@@ -235,4 +255,6 @@ def describe() -> str:
         ),
         os.uname().machine,
     )
-    return f"Linux {os.uname().release}, {cpus()} x {model}, load average at start {os.getloadavg()[0]:.2f}"
+    python = f"Python {platform.python_version()} ({platform.python_compiler()})"
+    load = f"load average at start {os.getloadavg()[0]:.2f}"
+    return f"Linux {os.uname().release}, {cpus()} x {model}, {python}, {load}"

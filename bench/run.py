@@ -239,19 +239,17 @@ class Bench:
         try:
             assert program.processes is not None
             time.sleep(0.5)
-            base_kib = program.processes.pss_kib()
+            base = program.processes.memory()
             held = Held(program.port, IDLE_SESSIONS, seconds=30.0)
             try:
                 time.sleep(1.0)
-                pss_kib = program.processes.pss_kib()
+                more_kib = program.processes.memory().more_than_kib(base)
             finally:
                 still = held.release()
             program.sessions_opened += IDLE_SESSIONS
             if still == 0:
                 raise Failed("no session was held")
-            self.results.idle.append(
-                report.IdleSample(program.name, number, still, base_kib, (pss_kib - base_kib) / still)
-            )
+            self.results.idle.append(report.IdleSample(program.name, number, still, base.total_kib(), more_kib / still))
             if isinstance(program, Gatepost) and still < IDLE_SESSIONS:
                 raise Failed(f"only {still} of {IDLE_SESSIONS} sessions were held")
         finally:
