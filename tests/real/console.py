@@ -1,4 +1,4 @@
-"""What the gate's console says, asked as a monitoring system asks it."""
+"""What a running gate says of itself: its console, asked as a monitoring system asks it, and its log."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def metric(gate: Gate, name: str, *labels: str) -> float:
     assert f"\n# TYPE {name} " in text, f"/metrics has no {name}"
     samples = [line for line in text.splitlines() if line.startswith((name + "{", name + " "))]
     return sum(float(line.split()[-1]) for line in samples if all(label in line for label in labels))
+
+
+def events(gate: Gate, name: str) -> list[dict[str, Any]]:
+    """The log's events of this name so far."""
+    return [record for record in gate.log() if record.get("event") == name]
+
+
+def no_faults(gate: Gate) -> None:
+    """It has met no fault of its own: nothing in the log, and nothing on standard error."""
+    assert not events(gate, "fault"), gate.said()
+    assert not gate.errors, gate.errors

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.gatehouse import Gate
+from tests.real.console import events, no_faults
 from tests.real.programs import HELLO, PROGRAMS, Mail, by_chunks, by_hand, by_smtplib
 from tests.real.wire import PATIENCE_S, Wire, stuffed, until
 from tests.servers import Exim, OpenSmtpd, Postfix, Server, need
@@ -110,8 +111,8 @@ def site_of(kind: type[Server], directory: Path) -> Iterator[Site]:
         with Wire(gate.port) as wire:
             until(lambda: "8BITMIME" in wire.hello(), "the gate knows its backend")
         yield Site(server, gate)
-        assert not [record for record in gate.log() if record.get("event") in ("fault", "worker_died")], gate.said()
-        assert not gate.errors, gate.errors
+        no_faults(gate)
+        assert not events(gate, "worker_died")
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.gatehouse import Gate, free_port
-from tests.real.console import get, metric, readiness
+from tests.gatehouse import Gate
+from tests.real.console import events, get, metric, no_faults, readiness
 from tests.real.load import Load, numbers_in
 from tests.real.mounts import mounted, seen_by, small_disk
 from tests.real.wire import PATIENCE_S, Wire, message, until
@@ -71,15 +71,6 @@ def configuration(backend: int, *, workers: int = 2, connections: int = 100, mem
 def arrived(backend: LenientBackend, subject: str) -> list[Transaction]:
     """The messages with this subject that the backend took."""
     return [taken for taken in backend.transactions() if f"Subject: {subject}\r\n".encode() in taken.octets]
-
-
-def events(gate: Gate, name: str) -> list[dict[str, str]]:
-    return [record for record in gate.log() if record.get("event") == name]
-
-
-def no_faults(gate: Gate) -> None:
-    assert not events(gate, "fault"), gate.said()
-    assert not gate.errors, gate.errors
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +198,10 @@ def test_rules_change_under_load_and_no_session_is_dropped(tmp_path):
             goes_on()
 
             # Listeners come and go; those who are in a session stay in it.
-            port = free_port()
-            reloaded(plain.replace('"127.0.0.1:0"', f'["127.0.0.1:0", "127.0.0.1:{port}"]', 1))
+            reloaded(plain.replace('"127.0.0.1:0"', '["127.0.0.1:0", "127.0.0.1:0"]', 1))
+            [second] = until(lambda: readiness(gate)["listeners"][1:], "/readyz names the second listener")
+            port = int(second["address"].rpartition(":")[2])
+            assert port != gate.port
             with Wire(port, source="127.0.0.3") as guest:
                 assert guest.rcpt(LOCAL).startswith("250")
                 reloaded(plain)

@@ -90,6 +90,10 @@ class Wire:
         self.said.append(f"C: {text} (typed)")
         return self.reply()
 
+    def receive(self) -> bytes:
+        """Octets as they come, at least one; b"" at the end."""
+        return self._socket.recv(65536)
+
     def say(self, text: str) -> str:
         """One command; returns its reply."""
         self.send(text.encode("utf-8") + b"\r\n")
