@@ -61,8 +61,6 @@ def by_smtplib(port: int, mail: Mail) -> Answer:
         if mail.tls:
             client.starttls(context=unjudging())
         client.ehlo()
-        if mail.utf8:
-            client.command_encoding = "utf-8"
         try:
             refused = client.sendmail(mail.reverse_path, mail.recipients, mail.octets, options)
         except smtplib.SMTPRecipientsRefused as error:
