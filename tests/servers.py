@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -127,10 +128,15 @@ def need(name: str) -> Path:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback interface that nobody listens on now, and that no outgoing connection will be given."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)  # below what Linux hands out by itself
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class Server:

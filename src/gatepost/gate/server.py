@@ -162,6 +162,12 @@ class Listener:
         if not isinstance(outcome, ProxyHeader) or (outcome.address is None and outcome.relayed):
             # A client whose address is lost must not inherit what the proxy itself may do.
             self.server.metrics.reply("proxy", "proxy")
+            if outcome is None:
+                why = "none came in time"
+            else:
+                why = outcome.text if isinstance(outcome, ProxyDefect) else "it does not say who the client is"
+            text = f"{proxy.address} is in proxy_from of {self.settings.name}, its PROXY header is refused: {why}"
+            self.server.log.event("proxy", text, Level.WARNING)
             connection.send(_NO_PROXY)
             connection.close()
             return
