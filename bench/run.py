@@ -275,6 +275,8 @@ class Bench:
             for row, step, program, sessions in rows:
                 self.progress(f"growth: round {number + 1} of {self.arguments.rounds}, {row}: {step}")
                 with self.attempting(f"growth, {row}: {step}"):
+                    # Others ran since: what a pause costs is not growth.
+                    self.measure(program, fresh, sessions, program.warm_up_s)
                     sample = self.measure(program, fresh, sessions, self.arguments.seconds)
                     self.results.growth.append(report.GrowthSample(row, step, number, sample.rate, sample.cpu_s))
                 time.sleep(0.2)
