@@ -411,15 +411,17 @@ async def test_content_that_cannot_be_kept_is_deferred_and_the_next_message_pass
     peer = await trial.greeted()
     temporary.rmdir()
     assert (await send(peer)).startswith("452 4.3.1 ")
+    assert await send(peer, b"") == "250 2.0.0 Taken as 4711"  # it needs no room
     temporary.mkdir()
     assert await send(peer) == "250 2.0.0 Taken as 4711"
     await peer.ask("QUIT")
     (line,) = await trial.logged()
     (event,) = await trial.logged("storage")
     assert event["level"] == "error"
-    assert [(t["verdict"], t["reply"][:3]) for t in line["transactions"]] == [("deferred", "452"), ("accepted", "250")]
+    told = [(transaction["verdict"], transaction["reply"][:3]) for transaction in line["transactions"]]
+    assert told == [("deferred", "452"), ("accepted", "250"), ("accepted", "250")]
     assert line["transactions"][0]["reason"] == "storage"
-    assert trial.backend().contents == [BODY]
+    assert trial.backend().contents == [b"", BODY]
     assert trial.backend().deliveries[0].aborted
 
 
