@@ -349,8 +349,9 @@ class Trial:
     # ---- what the operator sees
 
     def lines(self, event: str = "session") -> list[dict[str, Any]]:
-        lines = map(json.loads, self.log_path.read_text("ascii").splitlines(keepends=False))
-        return [line for line in lines if line["event"] == event]
+        # A reader may see a line while it is being written: only what has its line end is whole.
+        whole, _, _ = self.log_path.read_text("ascii").rpartition("\n")
+        return [line for line in map(json.loads, whole.splitlines()) if line["event"] == event]
 
     async def logged(self, event: str = "session", count: int = 1) -> list[dict[str, Any]]:
         """The lines of this kind, when there are so many; more would be a defect."""
