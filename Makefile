@@ -40,6 +40,6 @@ lock: ## renew requirements.lock and requirements-dev.lock
 	cp pyproject.toml README.md LICENSE "$$tree/"; cp src/gatepost/__init__.py "$$tree/src/gatepost/"; \
 	$(BIN)/uv lock --quiet --project "$$tree"; \
 	export="$(BIN)/uv export --quiet --frozen --no-header --no-emit-project --format requirements.txt --project $$tree"; \
-	$$export --group build >"$$tree/run.lock"; \
+	$$export --all-extras --group build >"$$tree/run.lock"; \
 	$$export --only-group dev >"$$tree/dev.lock"; \
 	mv "$$tree/run.lock" requirements.lock; mv "$$tree/dev.lock" requirements-dev.lock
