@@ -40,10 +40,31 @@ class Client(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """Who authenticated; made by ``auth`` only."""
+    """Who authenticated; made from what ``auth`` verified only.
+
+    Attributes:
+        account: in lower case; mechanism: of SASL, such as "PLAIN".
+        verifier: who vouched for it, as in [auth] verify; device: the label of the app password, "" for the account's
+            own.
+        addresses: addresses that the verifier says belong to the account.
+    """
 
     account: str
     mechanism: str
+    verifier: str = ""
+    device: str = ""
+    addresses: tuple[str, ...] = ()
+
+
+class MailboxLogin(NamedTuple):
+    """The last good login to the old server from the client's address, through our POP3 or IMAP proxy.
+
+    Attributes:
+        at: seconds since the epoch.
+    """
+
+    account: str
+    at: float
 
 
 class Session(NamedTuple):
@@ -56,6 +77,8 @@ class Session(NamedTuple):
         tls: protocol version such as "TLSv1.3", "" in plain text.
         identity: None until AUTH succeeded; auth_required: the listener takes no mail without one.
         hosts: names of trusted or denied hosts that resolve to the client's address at this time.
+        certificate: SHA-256 of the certificate that the client proved to own, hexadecimal, "" for none.
+        mailbox_login: for POP-before-SMTP; None where nobody logged in from that address lately.
     """
 
     reference: str
@@ -68,6 +91,8 @@ class Session(NamedTuple):
     identity: Identity | None = None
     hosts: tuple[str, ...] = ()
     auth_required: bool = False
+    certificate: str = ""
+    mailbox_login: MailboxLogin | None = None
 
 
 class Transaction(NamedTuple):

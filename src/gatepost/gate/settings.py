@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gatepost.backend.settings import BackendSettings
 from gatepost.facts import IPAddress
@@ -11,13 +12,42 @@ from gatepost.policy.relay import RelayRules
 MIB = 1 << 20
 
 
+class CertificateFiles(NamedTuple):
+    """Paths of PEM files: a certificate with its chain, and its key (which may stand in the same file)."""
+
+    certificate: str
+    key: str
+
+
 @dataclass(frozen=True, slots=True)
 class TlsSettings:
-    """[tls].  certificate and key: paths of PEM files, "" for a self-signed pair made under data."""
+    """[tls].
 
-    certificate: str = ""
-    key: str = ""
+    Attributes:
+        certificates: chosen by the name that the client asks for (SNI), the first where none matches; none at all: a
+            self-signed pair made under data.
+        minimum: the oldest version of TLS, where a listener says nothing else.
+    """
+
+    certificates: tuple[CertificateFiles, ...] = ()
     minimum: str = "1.2"
+
+
+@dataclass(frozen=True, slots=True)
+class MailboxServer:
+    """The POP3 or IMAP server behind a listener of role "pop3" or "imap".
+
+    Attributes:
+        tls: "off", "opportunistic", "required" or "implicit", as in ``auth.settings.LoginServer``.
+        accounts_max: an address from which more accounts than so many logged in lately is shared by many clients, and
+            opens no window.
+    """
+
+    host: str
+    port: int
+    tls: str = "opportunistic"
+    timeout_s: float = 10.0
+    accounts_max: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +56,14 @@ class ListenSettings:
 
     Attributes:
         addresses: (host, port) pairs; port 0 lets the system choose.
-        role: "mx", "submission" or "inside".
-        tls: "none", "starttls" or "implicit".
+        role: "mx", "submission" or "inside"; "pop3" or "imap" for a proxy in front of a mailbox server.
+        tls: "none", "starttls" or "implicit"; tls_minimum: the oldest version, "1.0" to "1.3".
         proxy_from: networks whose connections must begin with a PROXY header; from others one is refused.
         auth: "off", "offered" or "required".
+        send_as: what becomes of an authenticated account that sends as somebody else: "enforce" refuses, "log" passes
+            and says so, "off" does not look.
+        xclient_from: networks whose clients may say with XCLIENT who the real client is.
+        server: of a proxy: the mailbox server behind it.
         bare_newlines: "refuse" or "normalise", for every client of this listener.
     """
 
@@ -42,6 +76,10 @@ class ListenSettings:
     auth: str = "off"
     auth_without_tls: bool = False
     bare_newlines: str = "refuse"
+    tls_minimum: str = "1.2"
+    send_as: str = "enforce"
+    xclient_from: tuple[str, ...] = ()
+    server: MailboxServer | None = None
 
 
 @dataclass(frozen=True, slots=True)
