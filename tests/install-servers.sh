@@ -1,5 +1,6 @@
 #!/bin/sh
-# The real servers and clients that the tests talk to: Postfix, Exim, OpenSMTPD; swaks, HAProxy, curl, nodemailer.
+# The real servers and clients that the tests talk to: Postfix, Exim, OpenSMTPD, Dovecot, OpenLDAP's slapd; swaks, HAProxy,
+# curl, nodemailer, msmtp.
 #
 # Idempotent, and quick when all is there.  Installs packages only as root, where apt is, and never removes one: a
 # machine that has another mail server keeps it, and the tests that need Postfix say that they were skipped.  Nothing
@@ -30,6 +31,12 @@ missing() { # the packages that are to be installed
     have curl || echo curl
     have node || echo nodejs
     have_nodemailer || echo node-nodemailer
+    have msmtp || echo msmtp
+    have dovecot || echo dovecot-core
+    [ -x /usr/lib/dovecot/imap-login ] || echo dovecot-imapd
+    [ -x /usr/lib/dovecot/pop3-login ] || echo dovecot-pop3d
+    have slapd || echo slapd
+    have ldapsearch || echo ldap-utils
 }
 
 exim() {
@@ -78,7 +85,11 @@ install() { # PACKAGE...
         printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy" || return 1
     fi
     if have debconf-set-selections; then
-        echo 'postfix postfix/main_mailer_type select No configuration' | debconf-set-selections
+        debconf-set-selections <<-'EOF'
+		postfix postfix/main_mailer_type select No configuration
+		slapd slapd/no_configuration boolean true
+		msmtp msmtp/apparmor boolean false
+		EOF
     fi
     refresh
     # One after the other where all together will not do: what can be had is had.
