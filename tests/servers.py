@@ -1,19 +1,30 @@
-"""Real servers for tests: Postfix, Exim and OpenSMTPD on free ports of the loopback interface, each in its own place.
+"""Real servers for tests, on free ports of the loopback interface, each in its own place.
+
+Postfix, Exim and OpenSMTPD take mail:
 
     with Postfix() as server:
         ... deliver to 127.0.0.1:{server.port} for alice@example.com or bob@example.com ...
         assert server.arrived("alice")[0] == trace_field + content
 
-Each keeps what it accepts in a Maildir a user, and refuses every other recipient of example.com with 550 at RCPT.  What
-it started is ended by process id.  ``need(NAME)`` skips a test, with the reason, where a server or client is missing;
-under CI it fails: there everything is installed (tests/install-servers.sh).
+Each keeps what it accepts in a Maildir a user, and refuses every other recipient of example.com with 550 at RCPT.
+
+Dovecot and slapd know users:
+
+    with Dovecot(users={"alice@example.com": "wonder"}) as server:
+        ... log in at 127.0.0.1:{server.pop3_port}, {server.imap_port} or the auth protocol at {server.auth_path} ...
+        server.set_password("alice@example.com", "changed")
+
+What they started is ended by process id.  ``need(NAME)`` skips a test, with the reason, where a server or client is
+missing; under CI it fails: there everything is installed (tests/install-servers.sh).
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -22,7 +33,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -81,6 +92,19 @@ def _opensmtpd() -> Path:
     return program
 
 
+def _dovecot() -> Path:
+    program = _program("dovecot", root=True)
+    for package in ("imap", "pop3"):
+        if not Path(f"/usr/lib/dovecot/{package}-login").exists():
+            raise Missing(f"dovecot-{package}d is not installed")
+    return program
+
+
+def _slapd() -> Path:
+    _program("ldapmodify")
+    return _program("slapd", root=True)
+
+
 def _nodemailer() -> Path:
     _program("node")
     for directory in (Path("/usr/share/nodejs/nodemailer"), Path("/usr/lib/nodejs/nodemailer")):
@@ -103,8 +127,10 @@ _FINDERS: dict[str, Callable[[], Path]] = {
     "postfix": _postfix,
     "exim": _exim,
     "opensmtpd": _opensmtpd,
+    "dovecot": _dovecot,
+    "slapd": _slapd,
     "nodemailer": _nodemailer,
-    **{name: functools.partial(_program, name) for name in ("swaks", "haproxy", "curl", "node")},
+    **{name: functools.partial(_program, name) for name in ("swaks", "haproxy", "curl", "node", "msmtp")},
 }
 
 
@@ -145,10 +171,15 @@ class Server:
     Attributes:
         directory: its own, under the system's temporary directory (a server that drops its rights could not enter the
             one that pytest makes); removed in the end.
-        port: where it speaks SMTP.
+        port: where it listens; of a mail server where it speaks SMTP.
+        hello: what it must be told before it says anything; greeting: how that which it says then begins, by which it
+            is known to be ready; farewell: what ends such a visit.
     """
 
     name: ClassVar[str]
+    hello: ClassVar[bytes] = b""
+    greeting: ClassVar[bytes] = b"220"
+    farewell: ClassVar[bytes] = b"QUIT\r\n"
 
     def __init__(self, **options: Any) -> None:
         self.program = need(self.name)
@@ -199,19 +230,22 @@ class Server:
             )
         until = time.monotonic() + START_S
         while time.monotonic() < until:
-            try:
-                with socket.create_connection(("127.0.0.1", self.port), 1) as probe:
-                    probe.settimeout(5)
-                    if probe.recv(3) == b"220":
-                        probe.sendall(b"QUIT\r\n")
-                        return
-            except OSError:
-                pass
+            if self._greets():
+                return
             if self.process.poll() is not None:
                 break
             time.sleep(0.05)
         self.stop()
         raise AssertionError(f"{self.name} did not start:\n{self.log}")
+
+    def _greets(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
+            probe.settimeout(5)
+            probe.sendall(self.hello)
+            if probe.recv(len(self.greeting)) == self.greeting:
+                probe.sendall(self.farewell)
+                return True
+        return False
 
     def stop(self) -> None:
         """End it and everything it started."""
@@ -508,3 +542,270 @@ class OpenSmtpd(Server):
 
     def _command(self) -> list[str]:
         return ["chroot", str(self.root), "/usr/sbin/smtpd", "-d", "-f", "/etc/smtpd.conf"]
+
+
+class Dovecot(Server):
+    """Dovecot 2.3 or 2.4.  Options: users, each with a password (text or octets); certificate (PEM file of key and
+    chain) for TLS; settings: lines for its configuration.
+
+    Users are whole names such as "alice@example.com", in lower case.  Passwords may be changed while it runs.
+
+    Attributes:
+        pop3_port, imap_port: plain, and with STLS and STARTTLS where there is a certificate; pop3s_port, imaps_port:
+            TLS from the first octet, 0 without certificate.
+        auth_path, auth_port: the auth protocol, on a Unix socket that everybody may use and on TCP.
+    """
+
+    name = "dovecot"
+    greeting = b"+OK"
+
+    def _prepare(self) -> None:
+        self.pop3_port, self.imap_port, self.auth_port = self.port, free_port(), free_port()
+        self.pop3s_port, self.imaps_port = (free_port(), free_port()) if "certificate" in self.options else (0, 0)
+        self.auth_path = self.directory / "run" / "auth-client"
+        self.users: dict[str, str | bytes] = dict(self.options.get("users", {}))
+        self._written = 0
+        (self.directory / "mail").mkdir()
+        shutil.chown(self.directory / "mail", "nobody")
+        self._write_users()
+        said = subprocess.run([self.program, "--version"], capture_output=True, text=True, timeout=START_S, check=True)
+        version = re.match(r"(\d+)\.(\d+)", said.stdout)
+        assert version, said.stdout
+        new = (int(version[1]), int(version[2])) >= (2, 4)
+        lines = [
+            (_DOVECOT_24 if new else _DOVECOT_23).format(directory=self.directory),
+            _DOVECOT.format(
+                directory=self.directory,
+                imap=self.imap_port,
+                imaps=self.imaps_port,
+                pop3=self.pop3_port,
+                pop3s=self.pop3s_port,
+                auth=self.auth_port,
+            ),
+        ]
+        if "certificate" in self.options:
+            certificate, key = ("ssl_server_cert_file", "ssl_server_key_file") if new else ("ssl_cert", "ssl_key")
+            value = f"{'' if new else '<'}{self.options['certificate']}"
+            lines += ["ssl = yes", f"{certificate} = {value}", f"{key} = {value}"]
+        else:
+            lines.append("ssl = no")
+        lines += self.options.get("settings", [])
+        (self.directory / "dovecot.conf").write_text("\n".join(lines) + "\n")
+
+    def _command(self) -> list[str]:
+        return [str(self.program), "-F", "-c", str(self.directory / "dovecot.conf")]
+
+    def set_password(self, user: str, password: str | bytes) -> None:
+        """From now on this is the user's password; a user who was not there is there then."""
+        self.users[user] = password
+        self._write_users()
+
+    def remove(self, user: str) -> None:
+        """From now on nobody has that name."""
+        del self.users[user]
+        self._write_users()
+
+    def _write_users(self) -> None:
+        nobody = pwd.getpwnam("nobody")
+        lines = []
+        for user, password in self.users.items():
+            octets = password if isinstance(password, bytes) else password.encode()
+            scheme = "{PLAIN.b64}" + base64.b64encode(octets).decode()
+            lines.append(f"{user}:{scheme}:{nobody.pw_uid}:{nobody.pw_gid}::{self.mailbox(user)}::\n")
+        draft = self.directory / "users.new"
+        draft.write_text("".join(lines))
+        # A change is known to Dovecot by the file's size and the second it was written in; it looks once a second.
+        self._written = max(self._written + 1, int(time.time()))
+        os.utime(draft, (self._written, self._written))
+        draft.rename(self.directory / "users")
+        if self.process is not None:
+            time.sleep(1.02 - time.time() % 1)
+
+
+_DOVECOT_23 = """disable_plaintext_auth = no
+mail_location = maildir:~/Maildir
+passdb {{
+  driver = passwd-file
+  args = {directory}/users
+}}
+userdb {{
+  driver = passwd-file
+  args = {directory}/users
+}}
+"""
+
+_DOVECOT_24 = """dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+auth_allow_cleartext = yes
+mail_driver = maildir
+mail_path = ~/Maildir
+passdb passwd-file {{
+  passwd_file_path = {directory}/users
+}}
+userdb passwd-file {{
+  passwd_file_path = {directory}/users
+}}
+"""
+
+# A wrong password is answered at once, and a test that gives many is not slowed down.
+_DOVECOT = """base_dir = {directory}/run
+state_dir = {directory}/state
+log_path = {directory}/maillog
+protocols = imap pop3
+listen = 127.0.0.1
+auth_mechanisms = plain login
+auth_failure_delay = 0
+first_valid_uid = 1
+mail_max_userip_connections = 0
+service anvil {{
+  unix_listener anvil-auth-penalty {{
+    mode = 0
+  }}
+}}
+service stats {{
+  unix_listener stats-writer {{
+    mode = 0666
+  }}
+}}
+service imap-login {{
+  inet_listener imap {{
+    port = {imap}
+  }}
+  inet_listener imaps {{
+    port = {imaps}
+  }}
+}}
+service pop3-login {{
+  inet_listener pop3 {{
+    port = {pop3}
+  }}
+  inet_listener pop3s {{
+    port = {pop3s}
+  }}
+}}
+service auth {{
+  unix_listener auth-client {{
+    mode = 0666
+  }}
+  inet_listener auth-client {{
+    port = {auth}
+  }}
+}}
+"""
+
+
+class Slapd(Server):
+    """OpenLDAP's slapd.  Options: users, each with a password; attributes: further ones of a user, each with its
+    values; certificate (PEM file of key and chain) for TLS; settings: lines for slapd.conf before the database.
+
+    A user "alice" is uid=alice,ou=people,dc=example,dc=com with the attribute mail: alice@example.com.  There may be
+    proxyAddresses too, as in Active Directory.  Passwords may be changed while it runs.
+
+    Attributes:
+        port: plain, and with STARTTLS where there is a certificate; ldaps_port: TLS from the first octet, 0 without.
+    """
+
+    name = "slapd"
+    base: ClassVar[str] = "dc=example,dc=com"
+    people: ClassVar[str] = f"ou=people,{base}"
+    admin: ClassVar[str] = f"cn=admin,{base}"
+    admin_password: ClassVar[str] = "the-admins-password"
+    # RFC 4511: an anonymous bind, message 1; the beginning of the answer to it; unbind, message 2.
+    hello = bytes.fromhex("30 0c 02 01 01 60 07 02 01 03 04 00 80 00")
+    greeting = bytes.fromhex("30 0c 02 01 01 61")
+    farewell = bytes.fromhex("30 05 02 01 02 42 00")
+
+    def dn(self, user: str) -> str:
+        """The name of a user's entry."""
+        return f"uid={user},{self.people}"
+
+    def _prepare(self) -> None:
+        self.ldaps_port = free_port() if "certificate" in self.options else 0
+        (self.directory / "db").mkdir()
+        tls = ""
+        if "certificate" in self.options:
+            file = self.options["certificate"]
+            tls = f"TLSCertificateFile {file}\nTLSCertificateKeyFile {file}\n"
+        (self.directory / "slapd.conf").write_text(
+            _SLAPD.format(
+                directory=self.directory,
+                base=self.base,
+                admin=self.admin,
+                password=self.admin_password,
+                tls=tls,
+                settings="".join(f"{line}\n" for line in self.options.get("settings", [])),
+            )
+        )
+        entries: list[list[tuple[str, str | bytes]]] = [
+            [("dn", self.base), ("objectClass", "dcObject"), ("objectClass", "organization"), ("o", "Example")],
+            [("dn", self.people), ("objectClass", "organizationalUnit")],
+        ]
+        attributes: Mapping[str, Mapping[str, list[str]]] = self.options.get("attributes", {})
+        for user, password in self.options.get("users", {}).items():
+            entry: list[tuple[str, str | bytes]] = [
+                ("dn", self.dn(user)),
+                ("objectClass", "inetOrgPerson"),
+                ("objectClass", "mailAliases"),
+            ]
+            entry += [("cn", user), ("sn", user), ("uid", user), ("mail", f"{user}@{DOMAIN}")]
+            entry += [(name, value) for name, values in attributes.get(user, {}).items() for value in values]
+            entries.append([*entry, ("userPassword", password)])
+        (self.directory / "init.ldif").write_text("\n".join(map(_ldif, entries)))
+        self._run("slapadd", "-f", str(self.directory / "slapd.conf"), "-l", str(self.directory / "init.ldif"))
+
+    def _command(self) -> list[str]:
+        urls = f"ldap://127.0.0.1:{self.port}"
+        if self.ldaps_port:
+            urls += f" ldaps://127.0.0.1:{self.ldaps_port}"
+        # -d 0: it stays in the session it is started in.
+        return [str(self.program), "-d", "0", "-f", str(self.directory / "slapd.conf"), "-h", urls]
+
+    def set_password(self, user: str, password: str | bytes) -> None:
+        """From now on this is the user's password."""
+        change = [
+            ("dn", self.dn(user)),
+            ("changetype", "modify"),
+            ("replace", "userPassword"),
+            ("userPassword", password),
+        ]
+        (self.directory / "change.ldif").write_text(_ldif(change))
+        url = f"ldap://127.0.0.1:{self.port}"
+        self._run(
+            "ldapmodify", "-x", "-H", url, "-D", self.admin, "-w", self.admin_password,
+            "-f", str(self.directory / "change.ldif"),
+        )  # fmt: skip
+
+    def _run(self, name: str, *arguments: str) -> None:
+        command = [str(_program(name)), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def _ldif(lines: list[tuple[str, str | bytes]]) -> str:
+    """One record; values in base64 where it matters not that a person can read them.  RFC 2849."""
+    record = []
+    for name, value in lines:
+        octets = value if isinstance(value, bytes) else value.encode()
+        plain = name in ("changetype", "replace")
+        record.append(f"{name}: {value!s}" if plain else f"{name}:: {base64.b64encode(octets).decode()}")
+    return "\n".join(record) + "\n"
+
+
+# proxyAddresses is Active Directory's, by its own number; the class that allows it here is of no consequence.
+_SLAPD = """include /etc/ldap/schema/core.schema
+include /etc/ldap/schema/cosine.schema
+include /etc/ldap/schema/inetorgperson.schema
+attributetype ( 1.2.840.113556.1.2.210 NAME 'proxyAddresses'
+  EQUALITY caseIgnoreMatch SYNTAX 1.3.6.1.4.1.1466.115.121.1.15 )
+objectclass ( 1.3.6.1.4.1.4203.666.11.1.1 NAME 'mailAliases' SUP top AUXILIARY MAY proxyAddresses )
+pidfile {directory}/pid
+modulepath /usr/lib/ldap
+moduleload back_mdb
+{tls}{settings}database mdb
+suffix "{base}"
+rootdn "{admin}"
+rootpw {password}
+directory {directory}/db
+maxsize 16777216
+index objectClass,mail,uid eq
+"""
