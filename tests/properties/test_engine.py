@@ -147,8 +147,9 @@ def test_much_content_in_large_pieces(content, sizes, end):
         at += size
     pieces.append(octets[at:])
     small = [octets[at : at + 1400] for at in range(0, len(octets), 1400)]
-    result = run(pieces, limits=ContentLimits())
-    assert result == run(small, limits=ContentLimits())
+    limits = ContentLimits(header_section_octets=len(octets))  # most of it has no empty line
+    result = run(pieces, limits=limits)
+    assert result == run(small, limits=limits)
     unstuffed = content.replace(b"\r\n.", b"\r\n").removeprefix(b".")
     assert result.messages == (() if end else (unstuffed,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import example, given
@@ -19,6 +20,8 @@ from gatepost.smtp.command import (
     NO_RCPT_PARAMETERS,
     ORCPT_OCTETS_MAX,
     SIZE_DIGITS_MAX,
+    XCLIENT_ATTRIBUTES,
+    XCLIENT_VALUE_OCTETS_MAX,
     Auth,
     Bdat,
     Data,
@@ -35,10 +38,12 @@ from gatepost.smtp.command import (
     Rset,
     StartTls,
     Vrfy,
+    Xclient,
     parse_command,
 )
 from gatepost.smtp.path import NULL_REVERSE_PATH, POSTMASTER, AddressLiteral, ForwardPath, Mailbox, Shape
 from gatepost.smtp.reply import Reply
+from gatepost.smtp.sasl import USER_OCTETS_MAX
 
 ALL = frozenset({"SIZE", "8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "STARTTLS", "AUTH", "PIPELINING", "HELP"})
 NOTHING: frozenset[str] = frozenset()
@@ -268,6 +273,93 @@ def test_no_verb_in_any_case_but_ascii() -> None:
     for verb in (b"EHLO x", b"MAIL FROM:<a@b.test>", b"STARTTLS", b"QUIT", b"BDAT 1 LAST"):
         mixed = bytes(c ^ 0x20 if i % 2 and 65 <= c <= 90 else c for i, c in enumerate(verb))
         assert parse_command(mixed, ALL) == parse_command(verb, ALL)
+
+
+# --- XCLIENT ---------------------------------------------------------------------------------------------------------
+
+FRONT_END = frozenset({"XCLIENT", "SMTPUTF8"})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "command"),
+    [
+        (b"ADDR=192.0.2.1", Xclient(address=ip_address("192.0.2.1"))),
+        (b"addr=192.0.2.1 ", Xclient(address=ip_address("192.0.2.1"))),
+        (b"ADDR=IPV6:2001:db8::1", Xclient(address=ip_address("2001:db8::1"))),
+        (b"ADDR=IPv6:::FFFF:192.0.2.1", Xclient(address=ip_address("192.0.2.1"))),
+        (b"NAME=Mail.Example.ORG", Xclient(name="mail.example.org")),
+        (b"NAME=a_b.example", Xclient(name="a_b.example")),
+        (b"PORT=0", Xclient(port=0)),
+        (b"PORT=65535", Xclient(port=65535)),
+        (b"PROTO=esmtp", Xclient(protocol="ESMTP")),
+        (b"PROTO=SMTP", Xclient(protocol="SMTP")),
+        (b"HELO=[192.0.2.1]", Xclient(hello="[192.0.2.1]")),
+        (b"HELO=some+20words", Xclient(hello="some words")),
+        (b"HELO=+C3+B1aca", Xclient(hello="\u00f1aca")),
+        (b"LOGIN=DOMAIN\\alice", Xclient(login="DOMAIN\\alice")),
+        (b"LOGIN=e+CC+81va+20b", Xclient(login="\u00e9va b")),
+        (b"DESTADDR=198.51.100.1", Xclient(destination_address=ip_address("198.51.100.1"))),
+        (b"DESTADDR=IPV6:::1", Xclient(destination_address=ip_address("::1"))),
+        (b"DESTPORT=25", Xclient(destination_port=25)),
+        (b"ADDR=[UNAVAILABLE]", Xclient(unavailable=frozenset({"ADDR"}))),
+        (b"NAME=[tempunavail] PORT=[UNAVAILABLE]", Xclient(unavailable=frozenset({"NAME", "PORT"}))),
+        (
+            b"LOGIN=alice  ADDR=192.0.2.1 NAME=[UNAVAILABLE] HELO=x",
+            Xclient(
+                address=ip_address("192.0.2.1"), hello="x", login="alice", unavailable=frozenset({"NAME"})
+            ),
+        ),
+        (
+            b"NAME=a.test ADDR=192.0.2.1 PORT=1 PROTO=ESMTP HELO=b LOGIN=c DESTADDR=192.0.2.2 DESTPORT=2",
+            Xclient(
+                "a.test", ip_address("192.0.2.1"), 1, "ESMTP", "b", "c", ip_address("192.0.2.2"), 2
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_xclient_says_who_the_client_is(attributes: bytes, command: Xclient) -> None:
+    assert parse_command(b"XCLIENT " + attributes, FRONT_END) == command
+    assert refusal(b"XCLIENT " + attributes, ALL) == "502 5.5.1"
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        b"", b" ", b"ADDR", b"ADDR=", b"=192.0.2.1", b"ADDR 192.0.2.1", b"ADDR=192.0.2.1 addr=192.0.2.1",
+        b"SOURCE=LOCAL",
+        b"ADDR=192.0.2", b"ADDR=192.0.2.256", b"ADDR=192.0.2.01", b"ADDR=0300.0.2.1", b"ADDR=3221225985",
+        b"ADDR=2001:db8::1", b"ADDR=[192.0.2.1]", b"ADDR=IPV6:", b"ADDR=IPV6:192.0.2.1", b"ADDR=IPV6:fe80::1+25eth0",
+        b"ADDR=IPV6:fe80::1%eth0", b"ADDR=IPV6:[::1]", b"ADDR=localhost", b"ADDR=127.0.0.1+00", b"ADDR=+D9+A1.0.2.1",
+        b"ADDR=127.0.0.1,127.0.0.2", b"ADDR=UNAVAILABLE", b"ADDR=[UNAVAILABLE", b"ADDR=[UNAVAILABLE]x",
+        b"PORT=", b"PORT=-1", b"PORT=+1", b"PORT=65536", b"PORT=025", b"PORT=1_0", b"PORT=999999", b"PORT=+D9+A1",
+        b"NAME=-", b"NAME=a..b", b"NAME=a+20b", b"NAME=a+0D+0AMAIL", b"NAME=127.0.0.1", b"NAME=+C3+B1", b"NAME=a.b.",
+        b"PROTO=LMTP", b"PROTO=ESMTP+00", b"PROTO=HTTP",
+        b"HELO=+0D+0AMAIL", b"HELO=+00", b"HELO=+20", b"HELO=+FF", b"HELO=+C2+AD",
+        b"LOGIN=+00", b"LOGIN=a+00b", b"LOGIN=+20alice", b"LOGIN=alice+0A", b"LOGIN=+FF", b"LOGIN=+EF+BD+81",
+        b"NAME=a+2", b"NAME=a+", b"NAME=a+GG", b"LOGIN=a=b", b"LOGIN=a\tb", b"LOGIN=\xc3\xa9",
+    ],
+)  # fmt: skip
+def test_xclient_is_exact_or_refused(attributes: bytes) -> None:
+    assert refusal(b"XCLIENT " + attributes, FRONT_END).startswith("501 5.5.4")
+
+
+def test_a_hello_in_utf8_needs_smtputf8_in_xclient_too() -> None:
+    assert refusal(b"XCLIENT HELO=+C3+B1aca", frozenset({"XCLIENT"})) == "501 5.5.4"
+
+
+@pytest.mark.parametrize("keyword", XCLIENT_ATTRIBUTES)
+def test_each_attribute_that_ehlo_lists_is_taken_and_may_be_unknown(keyword: str) -> None:
+    line = f"xclient {keyword.lower()}=[unavailable]".encode()
+    assert parse_command(line, FRONT_END) == Xclient(unavailable=frozenset({keyword}))
+
+
+def test_values_of_xclient_are_bounded_before_and_after_decoding() -> None:
+    for keyword, most in ((b"LOGIN", USER_OCTETS_MAX), (b"HELO", HELLO_OCTETS_MAX)):
+        for written in (b"x", b"+78"):
+            for count in (most - 1, most):
+                assert isinstance(parse_command(b"XCLIENT " + keyword + b"=" + written * count, FRONT_END), Xclient)
+            assert refusal(b"XCLIENT " + keyword + b"=" + written * (most + 1), FRONT_END) == "501 5.5.4"
+    assert 3 * USER_OCTETS_MAX == XCLIENT_VALUE_OCTETS_MAX
 
 
 # --- Parameters of MAIL ----------------------------------------------------------------------------------------------
@@ -583,6 +675,7 @@ WORDS = st.sampled_from(
         b"AUTH=",
         b"NOTIFY=", b"NEVER", b"SUCCESS", b",", b"ORCPT=", b"rfc822;", b"utf-8;", b"+41", b"+0D", b"\\x{41}",
         b"\\x{0A}",
+        b"XCLIENT", b"ADDR=", b"NAME=", b"HELO=", b"LOGIN=", b"PORT=", b"[UNAVAILABLE]", b"IPV6:", b"192.0.2.1",
         b"=", b"LAST", b"PLAIN", b"AAAA", b" ", b" ", b" ", b"  ", b"\t", b"\x00", b"\r", b"\n", b"\x7f", b"\xff",
         "\u00e9".encode(), "\u0131".encode(), "\u2028".encode(), "\u0661".encode(),
     ]
@@ -592,9 +685,10 @@ LINES = st.one_of(
     st.lists(WORDS, max_size=6).map(b" ".join),
     st.builds(lambda words: b"MAIL FROM:<a@b.test> " + b"".join(words), st.lists(WORDS, max_size=6)),
     st.builds(lambda words: b"RCPT TO:<a@b.test> " + b"".join(words), st.lists(WORDS, max_size=6)),
+    st.builds(lambda words: b"XCLIENT " + b"".join(words), st.lists(WORDS, max_size=6)),
     st.binary(max_size=60),
 )
-KEYWORDS = st.frozensets(st.sampled_from([*sorted(ALL), "EXPN", "LHLO", "BINARYMIME"]))
+KEYWORDS = st.frozensets(st.sampled_from([*sorted(ALL), "EXPN", "LHLO", "BINARYMIME", "XCLIENT"]))
 
 
 def texts(value: object) -> list[str]:

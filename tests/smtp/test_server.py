@@ -11,13 +11,26 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gatepost.smtp import server
-from gatepost.smtp.command import COMMAND_OCTETS_MAX, Hello, Mail, Noop, Quit, Rcpt, Rset, StartTls
+from gatepost.smtp.command import (
+    AUTH_OCTETS_MAX,
+    COMMAND_OCTETS_MAX,
+    Auth,
+    Hello,
+    Mail,
+    Noop,
+    Quit,
+    Rcpt,
+    Rset,
+    StartTls,
+    Xclient,
+)
 from gatepost.smtp.content import ContentLimits, Defect
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.server import (
     FLOOD_OCTETS,
     NEED_DATA,
     PAUSED,
+    AuthResponse,
     ChunkEnded,
     ContentChunk,
     ContentEnded,
@@ -28,12 +41,13 @@ from gatepost.smtp.server import (
     State,
 )
 
-OFFERED = frozenset({"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING", "STARTTLS", "AUTH", "EXPN"})
+OFFERED = frozenset({"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING", "STARTTLS", "AUTH", "EXPN", "XCLIENT"})
 LIMITS = ContentLimits(message_size_octets=1000, content_line_octets=100, header_section_octets=500, received_fields=3)
 NORMALISE = LIMITS._replace(normalise=True)
 
 OK = Reply(250, "OK", "2.0.0")
 GO_AHEAD = Reply(354, "Go ahead")
+CHALLENGE = Reply(334, "")
 NO = Reply(550, "No", "5.7.1")
 LATER = Reply(451, "Later", "4.3.0")
 
@@ -127,11 +141,13 @@ def engine_in(state: State, limits: ContentLimits = LIMITS) -> ServerEngine:
         State.CONTENT: TRANSACTION + b"DATA\r\n",
         State.CHUNK: TRANSACTION + b"BDAT 5\r\n",
         State.CHUNKED: TRANSACTION + b"BDAT 5\r\na:b\r\n",
+        State.AUTH: HELLO + b"AUTH PLAIN\r\n",
+        State.XCLIENT: b"XCLIENT ADDR=192.0.2.1\r\n",
         State.TLS: HELLO + b"STARTTLS\r\n",
         State.CLOSED: b"QUIT\r\n",
     }
     engine = ServerEngine(OFFERED, limits)
-    converse(engine, [ways[state]], cycle([OK]))
+    converse(engine, [ways[state]], cycle([OK, CHALLENGE] if state is State.AUTH else [OK]))
     assert engine.state is state
     return engine
 
@@ -160,7 +176,9 @@ QUIT                                    CLOSED  CLOSED  CLOSED  CLOSED  CLOSED
 BOGUS                                   500     500     500     500     500
 MAIL FROM:nobody@@x                     501     501     501     501     501
 RCPT TO:<>                              501     501     501     501     501
-XCLIENT ADDR=1.2.3.4                    502     502     502     502     502
+XCLIENT ADDR=1.2.3.4                    XCLIENT XCLIENT 503     503     503
+XCLIENT ADDR=1.2.3                      501     501     501     501     501
+XFORWARD ADDR=1.2.3.4                   502     502     502     502     502
 """
 
 
@@ -336,6 +354,180 @@ def test_after_a_refused_starttls_the_dialogue_goes_on_in_plain_text() -> None:
     _, events, said = dialogue(HELLO + b"STARTTLS\r\n" + MAIL, answers=[OK, Reply(454, "no", "4.7.0"), OK])
     assert isinstance(events[-1], Mail)
     assert codes(said) == [250, 454, 250]
+
+
+# ---- XCLIENT
+
+
+def test_octets_behind_xclient_are_seen_and_dropped() -> None:
+    engine = ServerEngine(OFFERED, LIMITS)
+    engine.receive(b"XCLIENT ADDR=192.0.2.1\r\n" + HELLO)
+    assert isinstance(engine.next_event(), Xclient)
+    assert engine.unread_octets == len(HELLO), "so that the gate can refuse"
+    engine.respond(Reply(220, "mx"))
+    engine.receive(MAIL + b"QUIT\r\n")
+    assert (engine.state, engine.unread_octets, engine.next_event()) == (State.XCLIENT, 0, NEED_DATA)
+    assert codes(engine.data_to_send()) == [220]
+
+
+def test_after_a_refused_xclient_the_dialogue_goes_on_with_the_same_client() -> None:
+    _, events, said = dialogue(HELLO + b"XCLIENT ADDR=192.0.2.1\r\n" + MAIL, answers=[OK, NO, OK])
+    assert [type(event) for event in events] == [Hello, Xclient, Mail]
+    assert codes(said) == [250, 550, 250]
+
+
+def test_where_xclient_is_not_offered_it_is_only_an_unknown_command() -> None:
+    engine = ServerEngine(OFFERED - {"XCLIENT"}, LIMITS)
+    events, said = converse(engine, [b"XCLIENT ADDR=192.0.2.1\r\n" + HELLO], cycle([OK]))
+    assert [type(event) for event in events] == [Refused, Hello]
+    assert codes(said) == [502, 250]
+
+
+# ---- AUTH.  RFC 4954 §4
+
+DONE = Reply(235, "Welcome", "2.7.0")
+WRONG = Reply(535, "Wrong", "5.7.8")
+
+
+def test_an_exchange_is_a_challenge_and_a_response_until_another_reply() -> None:
+    octets = HELLO + b"AUTH LOGIN\r\nYWxpY2U=\r\nc2VjcmV0\r\n" + MAIL
+    engine, events, said = dialogue(octets, answers=[OK, CHALLENGE, CHALLENGE, DONE, OK])
+    assert events[1:4] == [Auth("LOGIN", None), AuthResponse(b"YWxpY2U="), AuthResponse(b"c2VjcmV0")]
+    assert isinstance(events[4], Mail)
+    assert codes(said) == [250, 334, 334, 235, 250]
+    assert engine.state is State.MAIL
+
+
+@pytest.mark.parametrize("reply", [DONE, WRONG, Reply(454, "Later", "4.7.0"), Reply(501, "Cancelled", "5.7.0"), OK])
+@pytest.mark.parametrize("answers", [[], [CHALLENGE], [CHALLENGE, CHALLENGE]])
+def test_any_reply_but_334_ends_the_exchange(answers: list[Reply], reply: Reply) -> None:
+    octets = HELLO + b"AUTH LOGIN\r\n" + b"YQ==\r\n" * len(answers) + b"NOOP\r\n"
+    engine, events, _ = dialogue(octets, answers=[OK, *answers, reply, OK])
+    assert isinstance(events[-1], Noop)
+    assert engine.state is State.READY
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"*", b"=", b" ", b"QUIT", b"RSET", b"EHLO x", b"MAIL FROM:<a@b.test>", b"STARTTLS", b"BDAT 5", b"BDAT x",
+     b"GET / HTTP/1.1", b"PROXY TCP4", b"AUTH PLAIN", b"XCLIENT ADDR=192.0.2.1", b"\xff\x80", b"!!!!"],
+)  # fmt: skip
+def test_in_an_exchange_no_line_is_a_command(line: bytes) -> None:
+    octets = HELLO + b"AUTH PLAIN\r\n" + line + b"\r\nNOOP\r\n"
+    engine, events, said = dialogue(octets, answers=[OK, CHALLENGE, WRONG, OK])
+    assert events[2:] == [AuthResponse(line), Noop()]
+    assert codes(said) == [250, 334, 535, 250]
+    assert engine.state is State.READY
+
+
+@pytest.mark.parametrize("length", [AUTH_OCTETS_MAX - 1, AUTH_OCTETS_MAX, AUTH_OCTETS_MAX + 1])
+@pytest.mark.parametrize("limits", [LIMITS, NORMALISE])
+def test_a_response_has_a_limit_and_breaking_it_ends_the_exchange(length: int, limits: ContentLimits) -> None:
+    response = b"A" * (length - 2)
+    octets = HELLO + b"AUTH PLAIN\r\n" + response + b"\r\nNOOP\r\n"
+    fits = length <= AUTH_OCTETS_MAX
+    answers = [OK, CHALLENGE, WRONG, OK] if fits else [OK, CHALLENGE, OK]
+    engine, events, said = dialogue(octets, limits=limits, answers=answers)
+    assert isinstance(events[-1], Noop)
+    assert engine.state is State.READY
+    if fits:
+        assert events[2] == AuthResponse(response)
+        assert codes(said) == [250, 334, 535, 250]
+    else:
+        assert isinstance(events[2], Refused)
+        assert events[2].reply.octets().startswith(b"500 5.5.6 ")
+        assert codes(said) == [250, 334, 500, 250]
+
+
+def test_the_rest_of_an_over_long_response_is_no_line() -> None:
+    for at in (AUTH_OCTETS_MAX - 1, AUTH_OCTETS_MAX, AUTH_OCTETS_MAX + 1, 3 * AUTH_OCTETS_MAX):
+        octets = HELLO + b"AUTH PLAIN\r\n" + b"A" * at + b"QUIT\r\nNOOP\r\n"
+        engine, events, said = dialogue(octets, answers=[OK, CHALLENGE, OK])
+        assert codes(said) == [250, 334, 500, 250]
+        assert isinstance(events[-1], Noop)
+        assert engine.state is State.READY
+
+
+@pytest.mark.parametrize("line", [b"YQ==\r", b"Y\rQ==", b"\0", b"YQ==\0", b"*\r", b"BDAT 5\0"])
+@pytest.mark.parametrize("limits", [LIMITS, NORMALISE])
+def test_a_response_with_a_bare_cr_or_nul_ends_the_exchange(line: bytes, limits: ContentLimits) -> None:
+    octets = HELLO + b"AUTH PLAIN\r\n" + line + b"\r\nNOOP\r\n"
+    engine, events, said = dialogue(octets, limits=limits, answers=[OK, CHALLENGE, OK])
+    assert [type(event) for event in events] == [Hello, Auth, Refused, Noop]
+    assert codes(said) == [250, 334, 500, 250]
+    assert engine.state is State.READY
+
+
+def test_a_bare_lf_in_an_exchange_ends_the_session_unless_it_is_normalised() -> None:
+    octets = HELLO + b"AUTH PLAIN\r\nYQ==\nNOOP\r\n"
+    engine, events, said = dialogue(octets, answers=[OK, CHALLENGE, OK])
+    assert isinstance(events[-1], Refused)
+    assert events[-1].fatal
+    assert (codes(said), engine.state) == ([250, 334, 500], State.CLOSED)
+    engine, events, said = dialogue(octets, limits=NORMALISE, answers=[OK, CHALLENGE, WRONG, OK])
+    assert events[2:] == [AuthResponse(b"YQ=="), Noop()]
+
+
+@pytest.mark.parametrize("length", [FLOOD_OCTETS - 1, FLOOD_OCTETS, FLOOD_OCTETS + 1])
+def test_a_response_without_end_ends_the_session(length: int) -> None:
+    octets = b"A" * length
+    for size in (length, 1000):
+        engine = engine_in(State.AUTH)
+        pieces = [octets[at : at + size] for at in range(0, length, size)]
+        events, said = converse(engine, pieces, cycle([OK]))
+        assert engine.unread_octets == 0
+        if length > FLOOD_OCTETS:
+            assert [type(event) for event in events] == [Refused]
+            assert (codes(said), engine.state) == ([500], State.CLOSED)
+        else:
+            assert (events, said, engine.state) == ([], b"", State.AUTH)
+
+
+@pytest.mark.parametrize("length", [AUTH_OCTETS_MAX - 2, AUTH_OCTETS_MAX - 1, AUTH_OCTETS_MAX, AUTH_OCTETS_MAX + 1])
+def test_an_initial_response_may_be_as_long_as_any(length: int) -> None:
+    initial = b"A" * ((length - len(b"auth plain \r\n")) // 4 * 4)
+    line = b"auth plain " + initial
+    line += b" " * (length - len(line) - 2) + b"\r\n"
+    assert len(line) == length
+    fits = length <= AUTH_OCTETS_MAX
+    engine, events, said = dialogue(HELLO + line + b"NOOP\r\n", answers=[OK, DONE, OK] if fits else [OK, OK])
+    assert codes(said) == [250, 235 if fits else 500, 250]
+    assert isinstance(events[-1], Noop)
+    assert events[1] == Auth("PLAIN", initial) if fits else isinstance(events[1], Refused)
+    assert engine.state is State.READY
+
+
+@pytest.mark.parametrize("verb", [b"NOOP ", b"AUTHX ", b"AUT ", b" AUTH ", b"MAIL FROM:<a@b.test> AUTH "])
+def test_no_other_command_may_be_as_long_as_an_initial_response(verb: bytes) -> None:
+    line = verb + b"A" * (COMMAND_OCTETS_MAX - 1 - len(verb)) + b"\r\n"
+    assert len(line) == COMMAND_OCTETS_MAX + 1
+    _, events, said = dialogue(HELLO + line + b"NOOP\r\n")
+    assert codes(said) == [250, 500, 250]
+    assert b"Line too long" in said
+    assert isinstance(events[-1], Noop)
+
+
+def test_where_auth_is_not_offered_its_line_has_the_limit_of_others() -> None:
+    engine = ServerEngine(OFFERED - {"AUTH"}, LIMITS)
+    line = b"AUTH PLAIN " + b"A" * COMMAND_OCTETS_MAX
+    assert converse(engine, [line], cycle([OK])) == ([], b"")
+    assert engine.unread_octets == 0, "nothing of it is kept"
+    assert codes(converse(engine, [b"\r\n" + HELLO], cycle([OK]))[1]) == [500, 250]
+
+
+def test_closing_in_an_exchange_answers_what_is_open_and_hears_nothing_more() -> None:
+    engine = engine_in(State.AUTH)
+    engine.receive(b"YQ==\r\nYg==\r\n")
+    assert engine.next_event() == AuthResponse(b"YQ==")
+    assert engine.next_event() is PAUSED
+    engine.close()
+    engine.respond(CHALLENGE)
+    assert (engine.state, engine.next_event(), engine.unread_octets) == (State.CLOSED, NEED_DATA, 0)
+
+
+def test_what_a_client_says_of_itself_in_an_exchange_is_not_in_a_repr() -> None:
+    _, events, _ = dialogue(HELLO + b"AUTH PLAIN c2VjcmV0\r\nc2VjcmV0\r\n", answers=[OK, CHALLENGE, WRONG])
+    assert "c2VjcmV0" not in repr(events)
 
 
 # ---- lines.  RFC 5321 §2.3.8, §4.5.3.1.4
@@ -612,14 +804,14 @@ def test_where_chunking_is_not_offered_bdat_is_only_an_unknown_command() -> None
 
 FRAGMENTS = [
     HELLO, MAIL, RCPT, b"DATA\r\n", b".\r\n", b"\r\n.\r\n", b"RSET\r\n", b"NOOP\r\n", b"STARTTLS\r\n",
-    b"AUTH PLAIN\r\n",
+    b"AUTH PLAIN\r\n", b"AUTH PLAIN " + b"A" * 3000, b"A" * 5000, b"*\r\n", b"XCLIENT ADDR=192.0.2.1\r\n",
     b"BDAT 4\r\n", b"BDAT 4 LAST\r\n", b"BDAT 0 LAST\r\n", b"BDAT 0\r\n", b"BDAT 2000\r\n", b"BDAT x\r\n",
     b"QUIT\r\n", b"GET / HTTP/1.1\r\n", b"A: b\r\n", b"Received: x\r\n", b"..\r\n", b"x" * 100,
     b"." + b"x" * 100 + b"\r\n", b"y" * COMMAND_OCTETS_MAX, b"\r", b"\n", b".", b"\0", b"\xff", b"abcd",
 ]  # fmt: skip
 octets_of_all_kinds = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.binary(max_size=12)), max_size=25).map(b"".join)
-openings = st.sampled_from([b"", HELLO, TRANSACTION, DATA, TRANSACTION + b"BDAT 4\r\nA: b"])
-some_answers = st.lists(st.sampled_from([OK, OK, OK, NO, LATER]), min_size=1, max_size=6)
+openings = st.sampled_from([b"", HELLO, TRANSACTION, DATA, TRANSACTION + b"BDAT 4\r\nA: b", HELLO + b"AUTH PLAIN\r\n"])
+some_answers = st.lists(st.sampled_from([OK, OK, OK, CHALLENGE, NO, LATER]), min_size=1, max_size=6)
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -629,6 +821,7 @@ some_answers = st.lists(st.sampled_from([OK, OK, OK, NO, LATER]), min_size=1, ma
 @example(DATA, b"\r" * 200 + b"\r\n.\r\n", [OK], True)
 @example(TRANSACTION, b"BDAT 120 LAST\r\n" + b"\r" * 120, [OK], True)
 @example(b"", b"x" * (FLOOD_OCTETS + 1) + b"\n", [OK], False)
+@example(HELLO, b"AUTH PLAIN\r\n" + b"A" * AUTH_OCTETS_MAX + b"\r\nNOOP\r\n", [OK, CHALLENGE], False)
 def test_the_same_however_it_is_split_and_whatever_is_answered(
     opening: bytes, octets: bytes, answers: list[Reply], normalise: bool
 ) -> None:
@@ -694,7 +887,17 @@ def test_octets_may_come_while_a_question_is_open(
 @given(openings, octets_of_all_kinds, st.booleans())
 def test_what_is_kept_between_two_reads_is_bounded(opening: bytes, octets: bytes, normalise: bool) -> None:
     limits = NORMALISE if normalise else LIMITS
-    engine = ServerEngine(OFFERED, limits)
+    engine = ServerEngine(OFFERED - {"AUTH"}, limits)
     for at in range(0, len(opening + octets), 5):
         converse(engine, [(opening + octets)[at : at + 5]], cycle([OK]))
         assert engine.unread_octets <= max(COMMAND_OCTETS_MAX, limits.content_line_octets + 2)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(octets_of_all_kinds, some_answers, st.booleans())
+def test_what_is_kept_in_an_exchange_is_bounded(octets: bytes, answers: list[Reply], normalise: bool) -> None:
+    engine = engine_in(State.AUTH, NORMALISE if normalise else LIMITS)
+    replies = cycle([*answers, CHALLENGE])
+    for at in range(0, len(octets), 100):
+        converse(engine, [octets[at : at + 100]], replies)
+        assert engine.unread_octets <= AUTH_OCTETS_MAX

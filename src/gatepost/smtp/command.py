@@ -5,7 +5,8 @@ Why: what a client asked for is decided once; the gate acts on the value, and wh
 Trust: every octet is hostile; CR, LF and NUL were refused by the framing, and are refused here again where they matter.
 Promise: never raises on what a peer sent; every number is ASCII digits of bounded length; time is linear in the line.
 Sources: RFC 5321 §4.1 (commands), §4.5.3.1.4 (lengths); RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
-    RFC 3030 (BDAT), RFC 3461 and RFC 6533 (DSN parameters), RFC 4954 (AUTH), RFC 3207 (STARTTLS).
+    RFC 3030 (BDAT), RFC 3461 and RFC 6533 (DSN parameters), RFC 4954 (AUTH), RFC 3207 (STARTTLS);
+    Postfix's description of XCLIENT.
     Stricter: exactly one space after MAIL and RCPT and none before the colon; a parameter given twice is an error.
     Wider: spaces before the path, a plain address without brackets, lower-case hexadecimal digits in xtext.
 """
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final, Literal, NamedTuple
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any, Final, Literal, NamedTuple
 
 from gatepost.smtp.path import (
     NULL_REVERSE_PATH,
@@ -22,12 +24,15 @@ from gatepost.smtp.path import (
     PathDefect,
     ReversePath,
     Shape,
+    parse_domain,
     parse_forward_path,
     parse_plain_mailbox,
     parse_reverse_path,
     split_path,
 )
+from gatepost.smtp.preamble import unmapped
 from gatepost.smtp.reply import Reply
+from gatepost.smtp.sasl import prepare_user
 
 # RFC 5321 §4.5.3.1.4 gives 512 octets with CRLF; each extension adds to it: SIZE 26, 8BITMIME 17, SMTPUTF8 10,
 # AUTH 500, DSN 100 for MAIL and 500 for RCPT.  One bound above their sum serves all commands.
@@ -40,6 +45,7 @@ HELLO_OCTETS_MAX = 255  # RFC 5321 §4.5.3.1.2
 ENVID_OCTETS_MAX = 100  # RFC 3461 §4.4
 ORCPT_OCTETS_MAX = 500  # RFC 3461 §4.2
 MECHANISM_OCTETS_MAX = 20  # RFC 4422 §3.1
+XCLIENT_VALUE_OCTETS_MAX = 768  # xtext of a host name of 255 octets or a user name of 256
 
 
 class MailParameters(NamedTuple):
@@ -195,6 +201,38 @@ class Auth(NamedTuple):
     initial: bytes | None
     verb: Literal["AUTH"] = "AUTH"
 
+    def __repr__(self) -> str:
+        return f"Auth(mechanism={self.mechanism!r})"  # the initial response is nearly always a secret
+
+
+class Xclient(NamedTuple):
+    """XCLIENT: a listed front end says who its client is, and the session begins anew with that client.
+
+    Only where "XCLIENT" is offered.  As with STARTTLS, octets behind the command may be another's: whoever answers it
+    with 220 must first have seen that the engine's ``unread_octets`` is 0.
+
+    Attributes:
+        name: the client's host name as the front end looked it up, lower case.
+        address, port; destination_address, destination_port: both ends of the client's connection.  A mapped IPv6
+            address is the IPv4 address.
+        protocol: "SMTP" or "ESMTP"; hello: the client's claim.
+        login: the user name that the front end authenticated, prepared as ``sasl.prepare_user`` does.
+        unavailable: the attributes that the front end gave and does not know ("[UNAVAILABLE]", "[TEMPUNAVAIL]").  What
+            is None and not named here was not given, and stays as an earlier XCLIENT said.  A client whose "ADDR" is
+            named here must not inherit the front end's own rights.
+    """
+
+    name: str | None = None
+    address: IPv4Address | IPv6Address | None = None
+    port: int | None = None
+    protocol: str | None = None
+    hello: str | None = None
+    login: str | None = None
+    destination_address: IPv4Address | IPv6Address | None = None
+    destination_port: int | None = None
+    unavailable: frozenset[str] = frozenset()
+    verb: Literal["XCLIENT"] = "XCLIENT"
+
 
 class Quit(NamedTuple):
     """RFC 5321 §4.1.1.10."""
@@ -213,7 +251,7 @@ class Foreign(NamedTuple):
 
 
 Command = (
-    Hello | Mail | Rcpt | Data | Bdat | Rset | Noop | Help | Vrfy | Expn | StartTls | Auth | Quit | Foreign
+    Hello | Mail | Rcpt | Data | Bdat | Rset | Noop | Help | Vrfy | Expn | StartTls | Auth | Xclient | Quit | Foreign
 )  # fmt: skip
 
 _DATA: Final = Data()
@@ -232,6 +270,7 @@ _BAD_HELLO = Reply(501, f"A host name of 1 to {HELLO_OCTETS_MAX} printable octet
 _BAD_MAIL = Reply(501, "Syntax: MAIL FROM:<address> [parameters]", "5.5.4")
 _BAD_RCPT = Reply(501, "Syntax: RCPT TO:<address> [parameters]", "5.5.4")
 _BAD_BDAT = Reply(501, "Syntax: BDAT size-in-octets [LAST]", "5.5.4")
+_BAD_XCLIENT = Reply(501, "Syntax: XCLIENT attribute=value, each of those offered at most once", "5.5.4")
 _BAD_AUTH = Reply(501, "Syntax: AUTH mechanism [initial-response]", "5.5.4")
 
 
@@ -373,6 +412,31 @@ def _auth(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command 
     return Auth(match[1].upper().decode(), b"" if initial == b"=" else initial)
 
 
+def _xclient(argument: bytes, offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
+    if "XCLIENT" not in offered:
+        return _NOT_OFFERED
+    found = _split_parameters(argument)
+    if isinstance(found, Reply) or not found:
+        return _BAD_XCLIENT
+    fields: dict[str, Any] = {}
+    unavailable: set[str] = set()
+    for keyword, value in found.items():
+        attribute = _XCLIENT.get(keyword)
+        if attribute is None:
+            return _BAD_XCLIENT
+        field, read = attribute
+        octets = _xtext_octets(value, XCLIENT_VALUE_OCTETS_MAX)
+        if octets is None:
+            return _bad_value(keyword.decode("ascii"))
+        if octets.upper() in (b"[UNAVAILABLE]", b"[TEMPUNAVAIL]"):
+            unavailable.add(keyword.decode("ascii"))
+            continue
+        fields[field] = read(octets, offered)
+        if fields[field] is None:
+            return _bad_value(keyword.decode("ascii"))
+    return Xclient(**fields, unavailable=frozenset(unavailable))
+
+
 def _quit(argument: bytes, _offered: frozenset[str], _smtputf8: bool) -> Command | Reply:
     return _NO_ARGUMENT if argument.strip(b" ") else _QUIT
 
@@ -404,9 +468,10 @@ _VERBS: Final[dict[bytes, Callable[[bytes, frozenset[str], bool], Command | Repl
     b"EXPN": _expn,
     b"STARTTLS": _starttls,
     b"AUTH": _auth,
+    b"XCLIENT": _xclient,
     b"QUIT": _quit,
     # Known by name, so that a client is told 502 and goes on without: RFC 821 (SEND SOML SAML TURN), RFC 1985,
-    # RFC 2645, RFC 4468, and two that let a trusted front end speak for its client.
+    # RFC 2645, RFC 4468, and one that only tells another server's log who the client was.
     b"SEND": _not_offered,
     b"SOML": _not_offered,
     b"SAML": _not_offered,
@@ -414,7 +479,6 @@ _VERBS: Final[dict[bytes, Callable[[bytes, frozenset[str], bool], Command | Repl
     b"ETRN": _not_offered,
     b"ATRN": _not_offered,
     b"BURL": _not_offered,
-    b"XCLIENT": _not_offered,
     b"XFORWARD": _not_offered,
     # RFC 9110 §9.3 and RFC 5789: a web page can make its visitor's browser post SMTP commands to us.
     b"GET": _http,
@@ -615,10 +679,15 @@ def _xtext(text: str) -> str:
 
 def _from_xtext(value: bytes | None, octets_max: int) -> str | None:
     """The decoded text; None where it is malformed, too long or not printable ASCII (CR and LF hide in "+0D+0A")."""
+    decoded = _xtext_octets(value, octets_max)
+    return None if decoded is None or _PRINTABLE.fullmatch(decoded) is None else decoded.decode("ascii")
+
+
+def _xtext_octets(value: bytes | None, octets_max: int) -> bytes | None:
+    """The decoded octets, whatever they are; None where the value is malformed, empty or too long."""
     if value is None or len(value) > octets_max or _XTEXT.fullmatch(value) is None:
         return None
-    decoded = _XTEXT_PAIR.sub(lambda match: bytes((int(match[1], 16),)), value)
-    return decoded.decode("ascii") if _PRINTABLE.fullmatch(decoded) else None
+    return _XTEXT_PAIR.sub(lambda match: bytes((int(match[1], 16),)), value)
 
 
 def _from_utf8_address(value: bytes, *, raw: bool) -> str | None:
@@ -634,3 +703,54 @@ def _from_utf8_address(value: bytes, *, raw: bool) -> str | None:
     except ValueError:
         return None
     return None if _CONTROLS.search(text) else text
+
+
+# --- Attributes of XCLIENT --------------------------------------------------------------------------------------------
+
+_PORT = re.compile(rb"0|[1-9][0-9]{0,4}")
+
+
+def _xclient_name(octets: bytes, _offered: frozenset[str]) -> str | None:
+    try:
+        return parse_domain(octets.decode("ascii"))
+    except ValueError:  # UnicodeDecodeError is one
+        return None
+
+
+def _xclient_address(octets: bytes, _offered: frozenset[str]) -> IPv4Address | IPv6Address | None:
+    try:
+        text = octets.decode("ascii")
+        if text[:5].upper() != "IPV6:":
+            return IPv4Address(text)
+        return None if "%" in text else unmapped(IPv6Address(text[5:]))  # a zone would be one of the front end's
+    except ValueError:
+        return None
+
+
+def _xclient_port(octets: bytes, _offered: frozenset[str]) -> int | None:
+    return int(octets) if _PORT.fullmatch(octets) and int(octets) <= 65535 else None
+
+
+def _xclient_protocol(octets: bytes, _offered: frozenset[str]) -> str | None:
+    return _PROTOCOLS.get(octets.upper())
+
+
+def _xclient_login(octets: bytes, _offered: frozenset[str]) -> str | None:
+    try:
+        return prepare_user(octets.decode("utf-8"))
+    except UnicodeDecodeError:
+        return None
+
+
+_PROTOCOLS: Final = {b"SMTP": "SMTP", b"ESMTP": "ESMTP"}
+_XCLIENT: Final[dict[bytes, tuple[str, Callable[[bytes, frozenset[str]], object]]]] = {
+    b"NAME": ("name", _xclient_name),
+    b"ADDR": ("address", _xclient_address),
+    b"PORT": ("port", _xclient_port),
+    b"PROTO": ("protocol", _xclient_protocol),
+    b"HELO": ("hello", _name),
+    b"LOGIN": ("login", _xclient_login),
+    b"DESTADDR": ("destination_address", _xclient_address),
+    b"DESTPORT": ("destination_port", _xclient_port),
+}
+XCLIENT_ATTRIBUTES: Final = tuple(keyword.decode("ascii") for keyword in _XCLIENT)  # for EHLO to list

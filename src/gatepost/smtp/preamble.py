@@ -117,7 +117,7 @@ def _read_v1(held: bytearray) -> Need | ProxyHeader:
     port = int(match[3])
     if max(port, int(match[4])) > 65535:
         raise _Wrong("a port of the PROXY line is above 65535")
-    return ProxyHeader(_unmapped(source), port, rest)
+    return ProxyHeader(unmapped(source), port, rest)
 
 
 def _read_v2(held: bytearray) -> Need | ProxyHeader:
@@ -146,10 +146,10 @@ def _read_v2(held: bytearray) -> Need | ProxyHeader:
     if held[13] == 0x11:
         return ProxyHeader(IPv4Address(block[:4]), int.from_bytes(block[8:10], "big"), rest)
     if held[13] == 0x21:
-        return ProxyHeader(_unmapped(IPv6Address(block[:16])), int.from_bytes(block[32:34], "big"), rest)
+        return ProxyHeader(unmapped(IPv6Address(block[:16])), int.from_bytes(block[32:34], "big"), rest)
     return ProxyHeader(None, 0, rest)  # unspecified, or a Unix socket
 
 
-def _unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """::ffff:192.0.2.1 is 192.0.2.1: rules about networks must see the client as it is."""
     return address if isinstance(address, IPv4Address) else address.ipv4_mapped or address

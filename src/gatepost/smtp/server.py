@@ -5,10 +5,12 @@ Why: the order of commands, the framing of lines and content, and what a reply c
 Trust: every octet is the client's.  ``receive`` never raises on what a peer sent.
 Promise: at most one question is open, so that replies go out in the order of the commands (RFC 2920 §3.2) without any
     bookkeeping; only a positive reply moves the state, by the table below; what is kept in memory is bounded by
-    COMMAND_OCTETS_MAX between commands and by one line and one block in content, plus what one ``receive`` brought.
+    COMMAND_OCTETS_MAX between commands (AUTH_OCTETS_MAX of an AUTH command, where that is offered, and of a line of its
+    exchange) and by one line and one block in content, plus what one ``receive`` brought.
     The events do not depend on how the octets were split, but for the size of a ContentChunk; of a message with a
     defect only that it has one is certain, not which of several is named, nor how much was emitted before it.
-Sources: RFC 5321 §4.1.4 (order of commands), §4.5.3.1.4 (command line), RFC 3030 (BDAT), RFC 3207 §4.2 (STARTTLS).
+Sources: RFC 5321 §4.1.4 (order of commands), §4.5.3.1.4 (command line), RFC 3030 (BDAT), RFC 3207 §4.2 (STARTTLS),
+    RFC 4954 §4 (AUTH); XCLIENT as Postfix has it.
     Stricter: a line that ends in a bare LF ends the session unless bare newlines are normalised; a line that holds a
     bare CR or NUL is refused as a whole and nothing of it is executed.
 """
@@ -19,6 +21,7 @@ from enum import Enum, unique
 from typing import Final, NamedTuple
 
 from gatepost.smtp.command import (
+    AUTH_OCTETS_MAX,
     COMMAND_OCTETS_MAX,
     Auth,
     Bdat,
@@ -35,6 +38,7 @@ from gatepost.smtp.command import (
     Rset,
     StartTls,
     Vrfy,
+    Xclient,
     parse_command,
 )
 from gatepost.smtp.content import BdatReceiver, ContentLimits, DataReceiver, Defect
@@ -55,6 +59,8 @@ class State(Enum):
     CONTENT = "content after DATA"
     CHUNK = "octets of a BDAT chunk"
     CHUNKED = "between BDAT chunks"
+    AUTH = "in an authentication exchange: the next line is a response, whatever it looks like"
+    XCLIENT = "XCLIENT answered with 220; this engine hears nothing more"
     TLS = "STARTTLS answered with 220; this engine hears nothing more"
     CLOSED = "no command is read any more"
 
@@ -86,6 +92,18 @@ class ChunkEnded(NamedTuple):
     defect: Defect | None
 
 
+class AuthResponse(NamedTuple):
+    """A line of the client's in an authentication exchange, without CRLF: base64, or "*".  RFC 4954 §4.
+
+    A question: 334 asks for another one, any other reply ends the exchange.
+    """
+
+    octets: bytes
+
+    def __repr__(self) -> str:
+        return "AuthResponse()"  # nearly always a secret
+
+
 class Refused(NamedTuple):
     """The engine itself has answered: bad syntax, bad order, bad framing.  Asks nothing.
 
@@ -108,15 +126,22 @@ class Signal(Enum):
 NEED_DATA: Final = Signal.NEED_DATA
 PAUSED: Final = Signal.PAUSED
 
-Event = Command | ContentChunk | ContentEnded | ChunkEnded | Refused
+Event = Command | AuthResponse | ContentChunk | ContentEnded | ChunkEnded | Refused
 
 # RFC 5321 §4.1.4 as a table: in which state a command is in order, and the state after a positive reply to it
 # (None: the same state).  What is not listed for a state the engine itself answers with 503.
 _ANY_TIME: Final[dict[type, State | None]] = {Noop: None, Help: None, Vrfy: None, Expn: None, Quit: State.CLOSED}
 _HELLO: Final[dict[type, State | None]] = {**_ANY_TIME, Hello: State.READY}
 _TABLE: Final[dict[State, dict[type, State | None]]] = {
-    State.START: {**_HELLO, Rset: None},
-    State.READY: {**_HELLO, Rset: None, Mail: State.MAIL, StartTls: State.TLS, Auth: None},
+    State.START: {**_HELLO, Rset: None, Xclient: State.XCLIENT},
+    State.READY: {
+        **_HELLO,
+        Rset: None,
+        Mail: State.MAIL,
+        StartTls: State.TLS,
+        Auth: State.AUTH,
+        Xclient: State.XCLIENT,
+    },
     State.MAIL: {**_HELLO, Rset: State.READY, Rcpt: State.RCPT},
     State.RCPT: {**_HELLO, Rset: State.READY, Rcpt: None, Data: State.CONTENT},  # and BDAT, see _bdat()
     State.CHUNKED: {**_HELLO, Rset: State.READY},  # RFC 3030 §2: nothing but BDAT, RSET and the harmless
@@ -130,6 +155,7 @@ _RCPT_FIRST = Reply(503, "RCPT first", "5.5.1")
 _BAD_SEQUENCE = Reply(503, "Not now: a transaction is open", "5.5.1")
 _NO_VALID_RECIPIENTS = Reply(554, "No valid recipients", "5.5.1")  # RFC 5321 §3.3: 503 or 554
 _LINE_TOO_LONG = Reply(500, "Line too long", "5.5.2")
+_RESPONSE_TOO_LONG = Reply(500, "Authentication exchange line is too long", "5.5.6")  # RFC 4954 §6
 _BARE_LF = Reply(500, "Lines end in CRLF, this one ended in a bare LF; closing", "5.5.2")
 _BARE_CR_OR_NUL = Reply(500, "The line holds a bare CR or NUL; nothing of it was executed", "5.5.2")
 _NOT_SMTP = Reply(554, "This is an SMTP server; closing", "5.5.1")
@@ -149,8 +175,9 @@ def _out_of_order(state: State, command: Command) -> Reply:
 class ServerEngine:
     """One SMTP session's protocol, server side.
 
-    Feed ``receive``; take ``next_event`` until it says NEED_DATA or PAUSED; answer each command, ContentEnded and
-    ChunkEnded with ``respond``; send ``data_to_send``.
+    Feed ``receive``; take ``next_event`` until it says NEED_DATA or PAUSED; answer each command, AuthResponse,
+    ContentEnded and ChunkEnded with ``respond``; send ``data_to_send``.  After a positive answer to STARTTLS or XCLIENT
+    it is spent, and a new one takes its place.
 
     Args:
         offered: EHLO keywords in force; parameters of others are refused.  May be replaced at each EHLO.
@@ -195,8 +222,8 @@ class ServerEngine:
         self._receiver: DataReceiver | BdatReceiver | None = None
 
     def receive(self, octets: bytes) -> None:
-        """Take what the peer sent.  After STARTTLS or the end of the session it is dropped.  RFC 3207 §4.2."""
-        if self.state is State.TLS or self.state is State.CLOSED:
+        """Take what the peer sent.  After STARTTLS, XCLIENT or the end of the session it is dropped.  RFC 3207 §4.2."""
+        if self.state is State.TLS or self.state is State.CLOSED or self.state is State.XCLIENT:
             return
         rest = self._buffer[self._position :] if self._position < len(self._buffer) else b""
         self._position = 0
@@ -235,7 +262,7 @@ class ServerEngine:
             return self._swallow()
         if self._position >= len(self._buffer):
             return NEED_DATA
-        return self._command()
+        return self._response() if state is State.AUTH else self._command()
 
     def respond(self, reply: Reply) -> None:
         """Answer the open question; only a positive reply moves the state.  RFC 5321 §4.1.4."""
@@ -262,7 +289,9 @@ class ServerEngine:
                 self._content_octets = 0
             elif self._next is State.READY:
                 self._receiver = None
-            if self._next is State.TLS or self._next is State.CLOSED:
+            elif self._next is State.AUTH and reply.code != 334:
+                self.state = State.READY  # RFC 4954 §4: 235 ends the exchange
+            elif self._next is State.TLS or self._next is State.CLOSED or self._next is State.XCLIENT:
                 self._buffer, self._position = b"", 0
 
     def say(self, reply: Reply) -> None:
@@ -302,12 +331,26 @@ class ServerEngine:
         self.question = command
         return command  # type: ignore[return-value]
 
+    def _response(self) -> Event | Signal:
+        """The next line of an authentication exchange, which is over unless a 334 answers it.  RFC 4954 §4."""
+        line = self._line()
+        if line is NEED_DATA:
+            return NEED_DATA
+        if self.state is State.AUTH:  # and not CLOSED, by a line that ended in a bare LF
+            self.state = State.READY
+        if not isinstance(line, bytes):
+            return line
+        self._next = State.AUTH
+        self.question = response = AuthResponse(line)
+        return response
+
     def _line(self) -> bytes | Event | Signal:
-        """The next command line without its CRLF.  RFC 5321 §2.3.8, §4.5.3.1.4."""
+        """The next line without its CRLF: a command, or a response to a challenge.  RFC 5321 §2.3.8, §4.5.3.1.4."""
         buffer, start = self._buffer, self._position
         newline = buffer.find(b"\n", start)
         if newline < 0:
-            if self._overlong_octets or len(buffer) - start > COMMAND_OCTETS_MAX:
+            octets = len(buffer) - start
+            if self._overlong_octets or (octets > COMMAND_OCTETS_MAX and octets > self._line_octets_max(start)):
                 # The rest of an over-long line must not become a line of its own: drop up to its LF, keep a CR.
                 keep = len(buffer) - 1 if buffer.endswith(b"\r") else len(buffer)
                 self._overlong_octets += keep - start
@@ -317,22 +360,29 @@ class ServerEngine:
             return NEED_DATA
         self._position = newline + 1
         end = newline - 1 if newline > start and buffer[newline - 1] == 0x0D else newline
-        length = self._overlong_octets + end - start
-        self._overlong_octets = 0
+        dropped, self._overlong_octets = self._overlong_octets, 0
+        length = dropped + end - start
         if length > FLOOD_OCTETS:
             return self._refuse(_LINE_TOO_LONG, fatal=True)
         if end == newline and not self.limits.normalise:
             return self._refuse(_BARE_LF, fatal=True)
-        if length + 2 > COMMAND_OCTETS_MAX:
-            return self._refuse(_LINE_TOO_LONG)
+        if length + 2 > COMMAND_OCTETS_MAX and (dropped or length + 2 > self._line_octets_max(start)):
+            return self._refuse(_RESPONSE_TOO_LONG if self.state is State.AUTH else _LINE_TOO_LONG)
         line = buffer[start:end]
         if b"\r" in line or b"\0" in line:
             return self._refuse(_BARE_CR_OR_NUL, fatal=self._announces_chunk(line))
         return line
 
+    def _line_octets_max(self, start: int) -> int:
+        """How long the line that begins at ``start`` may be, CRLF included.  RFC 4954 §4."""
+        if self.state is State.AUTH:
+            return AUTH_OCTETS_MAX
+        asks = self._buffer[start : start + 5].upper() == b"AUTH " and "AUTH" in self.offered
+        return AUTH_OCTETS_MAX if asks else COMMAND_OCTETS_MAX
+
     def _announces_chunk(self, line: bytes) -> bool:
         """A BDAT that is refused leaves unknown how many octets behind it are no commands.  RFC 3030 §2."""
-        return line[:4].upper() == b"BDAT" and "CHUNKING" in self.offered
+        return line[:4].upper() == b"BDAT" and "CHUNKING" in self.offered and self.state is not State.AUTH
 
     def _refuse(self, reply: Reply, *, fatal: bool = False) -> Refused:
         self._output.append(reply.octets())
