@@ -44,6 +44,9 @@ class Reason(Enum):
     DENIED = (550, "5.7.1", "Refused by the administrator of this server")
     EXPIRED_TRUST = (550, "5.7.1", "Relaying is prohibited: the permission has expired")
     NARROWED = (550, "5.7.1", "Relaying is prohibited: not from or to this address")
+    MAILBOX_LOGIN = (550, "5.7.1", "Relaying is prohibited: read your mail first, then send")
+    SEND_AS = (550, "5.7.1", "Sending as this address is prohibited")
+    AUTHOR = (550, "5.7.1", "The From field of the message cannot be read, so that nobody can tell who it is from")
     TLS_REQUIRED = (530, "5.7.10", "Relaying is prohibited without TLS of a newer version")
     RATE = (450, "4.7.1", "Too much mail in this hour, try again later")
     AUTH_REQUIRED = (530, "5.7.0", "Authentication required")
@@ -57,9 +60,14 @@ class Reason(Enum):
         self.wording = wording
         self._enhanced = Reply(code, wording, status).status
 
-    def reply(self, reference: str = "") -> Reply:
-        """The public reply; with the reference by which the operator finds the evidence."""
-        return Reply(self.code, f"{self.wording} [{reference}]" if reference else self.wording, self._enhanced)
+    def reply(self, reference: str = "", hint: str = "") -> Reply:
+        """The public reply; with the reference by which the operator finds the evidence.
+
+        Args:
+            hint: what helps whoever sees the reply and is known to them already; printable.
+        """
+        wording = f"{self.wording}: {hint}" if hint else self.wording
+        return Reply(self.code, f"{wording} [{reference}]" if reference else wording, self._enhanced)
 
 
 class LocalDomain(NamedTuple):
@@ -108,12 +116,18 @@ class Defer(NamedTuple):
 
 
 class Refuse(NamedTuple):
-    """No: a 5yz.  ``reply``: the administrator's own wording, where a [[deny]] entry gives one."""
+    """No: a 5yz.
+
+    Attributes:
+        reply: the administrator's own wording, where a [[deny]] entry gives one.
+        hint: added to the reason's wording, for an authenticated client who may know it.
+    """
 
     reason: Reason
     where: str = ""
     detail: str = ""
     reply: Reply | None = None
+    hint: str = ""
 
 
 RelayVerdict = Admit | Defer | Refuse

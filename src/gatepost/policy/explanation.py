@@ -16,7 +16,7 @@ from ipaddress import IPv4Address
 from itertools import combinations
 from typing import NamedTuple
 
-from gatepost.facts import Identity, IPAddress, Session, Transaction
+from gatepost.facts import Identity, IPAddress, MailboxLogin, Session, Transaction
 from gatepost.policy.relay import IPNetwork, RelayRules, TrustEntry, decide, grants, who
 from gatepost.smtp.path import AddressLiteral, ForwardPath, Mailbox, NullReversePath, Pattern, Postmaster, Shape
 from gatepost.verdict import Admit, LocalDomain, Reason, Refuse, RelayVerdict
@@ -135,6 +135,11 @@ def _client_of(entry: TrustEntry) -> list[_Mend]:
         if account == "*":
             return [_logged_in("anybody", "the client had logged in")]
         return [_logged_in(account, f"the client had logged in as {account}")]
+    if entry.certificate:
+        shown = f"the client had shown the certificate {entry.certificate}"
+        return [_in_session(shown, lambda session: session._replace(certificate=entry.certificate))]
+    if entry.pop3_s:
+        return [_read_its_mail("somebody had read mail from the client's address in time")]
     return []
 
 
@@ -143,6 +148,8 @@ def _narrowings(entry: TrustEntry, now: float) -> list[_Mend]:
     mends = []
     if entry.expires_at is not None and now >= entry.expires_at:
         mends.append(_at("the entry had not expired", entry.expires_at - 1))
+    if entry.pop3_s:
+        mends.append(_read_its_mail("the last login to the mailbox had been later"))
     if entry.tls_minimum:
         mends.append(_speaking(f"TLSv{entry.tls_minimum}", f"the client spoke TLS {entry.tls_minimum} or newer"))
     if entry.reverse_paths:
@@ -189,12 +196,16 @@ def _stranger(entry: TrustEntry) -> _Mend:
         condition = f"the client were not {entry.host}"
     elif entry.listen:
         condition = f"the client came to another listener than {entry.listen}"
+    elif entry.certificate:
+        condition = "the client had not shown its certificate"
+    elif entry.pop3_s:
+        condition = "nobody had read mail from the client's address in time"
     else:
         condition = "the client had not logged in"
 
     def change(session: Session) -> Session:
         client = session.client._replace(address=_STRANGER)
-        return session._replace(client=client, hosts=(), listen="", identity=None)
+        return session._replace(client=client, hosts=(), listen="", identity=None, certificate="", mailbox_login=None)
 
     return _in_session(condition, change)
 
@@ -218,6 +229,15 @@ def _coming_from(address: IPAddress, condition: str) -> _Mend:
 
 def _speaking(tls: str, condition: str) -> _Mend:
     return _in_session(condition, lambda session: session._replace(tls=tls))
+
+
+def _read_its_mail(condition: str) -> _Mend:
+    def apply(question: _Question) -> _Question:
+        transaction = question.transaction
+        session = transaction.session._replace(mailbox_login=MailboxLogin("somebody", transaction.now))
+        return question._replace(transaction=transaction._replace(session=session))
+
+    return _Mend(condition, apply)
 
 
 def _logged_in(account: str, condition: str) -> _Mend:

@@ -60,6 +60,7 @@ class TrustEntry:
         reverse_paths, forward_paths: narrowing; empty means any.
         expires_at: seconds since the epoch, None for never.
         tls_minimum: "1.2" grants nothing to a session in plain text or older TLS; "" is any.
+        pop3_s: so long after a login to the mailbox server through our proxy the client may send; 0 for no such grant.
         reverse_texts, forward_texts: the same patterns for lookup; empty means any, for "*" among them narrows nothing.
     """
 
@@ -154,6 +155,9 @@ def rate_check(where: str) -> str:
 
 
 MAILBOX_RATE = "rate mailbox"
+CLOCK_SLACK_S = (
+    1.0  # a login may seem so much later than now; where the clock was set back further, it must be made again
+)
 
 
 def decide(
@@ -284,6 +288,10 @@ def grants(rules: RelayRules, session: Session) -> list[TrustEntry]:
     if session.identity is not None:
         numbers += index.trust_accounts.get(session.identity.account, ())
         numbers += index.trust_accounts.get("*", ())
+    if session.certificate:
+        numbers += index.trust_certificates.get(session.certificate, ())
+    if session.mailbox_login is not None:
+        numbers += index.trust_mailbox_logins
     return [rules.trust[number] for number in sorted(set(numbers))]
 
 
@@ -315,6 +323,9 @@ def _missing(entry: TrustEntry, transaction: Transaction, forward_path: ForwardP
     """Why this grant does not cover the forward-path, whatever its rates."""
     if expired(entry, transaction.now):
         return Refuse(Reason.EXPIRED_TRUST, entry.where, entry.why)
+    login = transaction.session.mailbox_login
+    if entry.pop3_s and (login is None or not -CLOCK_SLACK_S <= transaction.now - login.at < entry.pop3_s):
+        return Refuse(Reason.MAILBOX_LOGIN, entry.where, entry.why)
     if entry.tls_minimum and _tls_version(transaction.session.tls) < _tls_version(f"TLSv{entry.tls_minimum}"):
         return Refuse(Reason.TLS_REQUIRED, entry.where, f"tls_minimum {entry.tls_minimum}")
     if entry.reverse_texts and entry.reverse_texts.isdisjoint(pattern_texts(transaction.reverse_path)):
@@ -348,7 +359,7 @@ def who(entry: TrustEntry) -> str:
         return f"accounts {', '.join(entry.accounts)}"
     if entry.certificate:
         return f"certificate {entry.certificate}"
-    return "pop3"
+    return f"pop3 {entry.pop3_s:.0f}s"
 
 
 def _backend(rules: RelayRules, forward_path: ForwardPath, *, is_local: bool) -> str:
@@ -455,8 +466,10 @@ class RuleIndex:
         "local_routes",
         "routes",
         "trust_accounts",
+        "trust_certificates",
         "trust_hosts",
         "trust_listens",
+        "trust_mailbox_logins",
         "trust_networks",
     )
 
@@ -471,6 +484,8 @@ class RuleIndex:
         self.trust_hosts: dict[str, list[int]] = {}
         self.trust_listens: dict[str, list[int]] = {}
         self.trust_accounts: dict[str, list[int]] = {}
+        self.trust_certificates: dict[str, list[int]] = {}
+        self.trust_mailbox_logins: list[int] = []
         for number, entry in enumerate(rules.trust):
             if entry.network is not None:
                 self.trust_networks.add(entry.network, number)
@@ -478,6 +493,10 @@ class RuleIndex:
                 self.trust_hosts.setdefault(entry.host, []).append(number)
             elif entry.listen:
                 self.trust_listens.setdefault(entry.listen, []).append(number)
+            elif entry.certificate:
+                self.trust_certificates.setdefault(entry.certificate, []).append(number)
+            elif entry.pop3_s:
+                self.trust_mailbox_logins.append(number)
             else:
                 for account in entry.accounts:
                     self.trust_accounts.setdefault(account, []).append(number)

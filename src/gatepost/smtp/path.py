@@ -598,6 +598,12 @@ def pattern_texts(path: ReversePath | ForwardPath | Mailbox | Postmaster) -> Ite
         yield f"*@{right}"
 
 
+def exact_text(mailbox: Mailbox) -> str:
+    """The canonical text of the one pattern that means this mailbox alone: compared without case, never a wildcard."""
+    domain = mailbox.domain if isinstance(mailbox.domain, str) else str(_unmapped(mailbox.domain))
+    return f"{_left(_fold(mailbox.local_part))}@{domain}"
+
+
 def _left(local_part: str | None) -> str:
     """The part before the "@" of a pattern: quoted as in a path, so that a quoted "*" is not a wildcard."""
     if local_part is None:
