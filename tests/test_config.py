@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gatepost import config
+from gatepost.auth.settings import LoginServer
 from gatepost.backend.settings import EmbeddedMailboxes, LmtpSocket, SmtpAddress
 from gatepost.config import sentences, surroundings, values
 from gatepost.config.document import shown
@@ -157,7 +158,11 @@ def test_the_whole_interface_loads():
     assert inside.addresses == (("10.1.0.1", 25), ("2001:db8::1", 25))
     assert (inside.tls, inside.auth, inside.bare_newlines) == ("none", "offered", "normalise")
     assert gate.own_addresses == (ip_address("10.1.0.1"), ip_address("2001:db8::1"))
-    assert (gate.tls.certificate, gate.tls.key) == ("/etc/gatepost/tls.pem", "/etc/gatepost/tls.key")
+    assert gate.tls.certificates == (("/etc/gatepost/tls.pem", "/etc/gatepost/tls.key"),)
+    assert (mx.tls_minimum, mx.send_as, inside.send_as) == ("1.2", "enforce", "off")
+    assert gate.auth.verify == ("accounts", "pop3")
+    assert (gate.auth.accounts, gate.auth.cache_s) == ("/var/lib/gatepost/accounts", 60)
+    assert gate.auth.pop3 == LoginServer("10.0.0.5", 110)
     mail, sales = gate.backends
     assert mail.addresses == (SmtpAddress("10.0.0.5", 25),)
     assert (mail.connections, mail.hello, mail.tls) == (50, "mx.example.com", "opportunistic")
@@ -187,15 +192,8 @@ def test_the_rules_of_the_whole_interface():
 
 def test_what_has_no_effect_is_said():
     assert load(FULL).warnings == (
-        (
-            'gatepost.toml:54: [[trust]] tls_minimum = "1.0": this version speaks nothing below [tls] minimum, "1.2", '
-            "with anybody; remove the key"
-        ),
-        (
-            "gatepost.toml:58: [[trust]] accounts: this version verifies nobody in this way, so the entry matches no "
-            "client"
-        ),
-        "gatepost.toml:66: [auth]: this version verifies no login; the table has no effect, and AUTH is not offered",
+        "gatepost.toml:58: [[trust]] accounts: AUTH is offered by no listener, so the entry matches no client",
+        "gatepost.toml:66: [auth]: AUTH is offered by no listener, so that nobody is asked",
     )
 
 
@@ -242,7 +240,7 @@ def test_paths_count_from_the_directory_of_the_file():
     )
     gate = load(text.replace('"10.0.0.5:25"', '"embedded:boxes"'), "/srv/mail/gatepost.toml").gate
     assert gate.data == "/srv/mail/state"
-    assert gate.tls.certificate == gate.tls.key == "/srv/mail/tls/cert.pem"
+    assert gate.tls.certificates == (("/srv/mail/tls/cert.pem", "/srv/mail/tls/cert.pem"),)
     assert gate.backends[0].addresses == (EmbeddedMailboxes("/srv/mail/boxes"),)
 
 
@@ -702,8 +700,8 @@ def test_an_open_relay_loads_only_under_the_gates_own_name():
         ('address = "127.0.0.1:25"', ""),
         ('address = "10.1.0.1:25"\nrole = "inside"', ""),
         ('address = "[fd00::1]:25"\nrole = "inside"\nproxy_from = "10.0.0.1"', ""),
-        ('address = "8.8.8.8:25"\nrole = "submission"', ""),
-        ('address = "8.8.8.8:25"\nauth = "required"', ""),
+        ('address = "8.8.8.8:25"\nrole = "submission"\ntls = "starttls"', ""),
+        ('address = "8.8.8.8:25"\nauth = "required"\ntls = "implicit"', ""),
     ],
 )
 def test_a_listener_that_strangers_reach_cannot_be_trusted(listen, said):
@@ -737,7 +735,12 @@ def test_an_opening_is_told_at_its_own_line_behind_entries_that_are_wrong():
 # --- Warnings ---------------------------------------------------------------------------------------------------------
 
 
-UNVERIFIED = "this version verifies no login, so "
+NO_LOGIN = "AUTH is offered under TLS only, which this listener does not speak, so that nobody can log in; write tls = "
+AS_IT_IS = "passwords cross the network as they are"
+
+
+OFFERED = '[[listen]]\nname = "b"\naddress = "127.0.0.1:1"\ntls = "starttls"\nauth = "offered"\n'
+ACCOUNTS = '[[trust]]\naccounts = "*"\n'
 
 
 @pytest.mark.parametrize(
@@ -745,11 +748,15 @@ UNVERIFIED = "this version verifies no login, so "
     [
         (
             f'[[trust]]\ncertificate = "{"0" * 64}"\n',
-            "10: [[trust]] certificate: this version verifies nobody in this way, so the entry matches no client",
+            "10: [[trust]] certificate: no listener speaks TLS, so the entry matches no client",
         ),
         (
             '[[trust]]\npop3 = "30m"\n',
-            "10: [[trust]] pop3: this version verifies nobody in this way, so the entry matches no client",
+            '10: [[trust]] pop3: no listener has role "pop3" or "imap", so the entry matches no client',
+        ),
+        (
+            '[[trust]]\naccounts = "alice"\n',
+            "10: [[trust]] accounts: AUTH is offered by no listener, so the entry matches no client",
         ),
         (
             '[store]\nurl = "postgresql://x"\n',
@@ -758,9 +765,8 @@ UNVERIFIED = "this version verifies no login, so "
         (
             '[tls]\nminimum = "1.1"\n',
             (
-                '10: [tls] minimum = "1.1": TLS 1.0 and 1.1 are broken (RFC 8996); write "1.2" '
-                "unless a client you know "
-                "needs them"
+                '10: [tls] minimum = "1.1": TLS 1.0 and 1.1 are broken (RFC 8996); write "1.2", and tls_minimum into '
+                "the [[trust]] entry of the one device that needs less"
             ),
         ),
         (
@@ -773,15 +779,64 @@ UNVERIFIED = "this version verifies no login, so "
         ),
         (
             '[[listen]]\naddress = "127.0.0.1:1"\nrole = "submission"\n',
-            f"11: [[listen]] role: {UNVERIFIED}a listener that requires AUTH refuses all mail",
+            f'11: [[listen]] role: {NO_LOGIN}"starttls"',
         ),
         (
             '[[listen]]\nname = "b"\naddress = "127.0.0.1:1"\nauth = "required"\n',
-            f"12: [[listen]] auth: {UNVERIFIED}a listener that requires AUTH refuses all mail",
+            f'12: [[listen]] auth: {NO_LOGIN}"starttls"',
         ),
         (
             '[[listen]]\nname = "b"\naddress = "127.0.0.1:1"\nauth = "offered"\n',
-            f"12: [[listen]] auth: {UNVERIFIED}AUTH is not offered",
+            f'12: [[listen]] auth: {NO_LOGIN}"starttls"',
+        ),
+        (
+            '[[listen]]\naddress = "127.0.0.1:1"\nrole = "submission"\ntls = "implicit"\n',
+            (
+                "11: [[listen]] role: who logs in here may send to the local domains only: no [[trust]] entry has "
+                'accounts; write [[trust]] and accounts = ["*"]'
+            ),
+        ),
+        (
+            f'[[listen]]\naddress = "10.1.0.1:1"\nrole = "submission"\nauth_without_tls = true\n{ACCOUNTS}',
+            f"12: [[listen]] auth_without_tls: {AS_IT_IS}, for everybody to read",
+        ),
+        (
+            '[[listen]]\nname = "b"\naddress = "127.0.0.1:1"\ntls = "starttls"\ntls_minimum = "1.0"\n',
+            (
+                '13: [[listen]] tls_minimum = "1.0": TLS 1.0 and 1.1 are broken (RFC 8996), and every client of this '
+                "listener may be talked down to them; write it into the [[trust]] entry of the one device that needs it"
+            ),
+        ),
+        (
+            f'{OFFERED}[[trust]]\naccounts = "alice"\ntls_minimum = "1.0"\n',
+            (
+                '16: [[trust]] tls_minimum = "1.0": who a client is shows after the TLS handshake here, so that none below '
+                "the listener's minimum is spoken; an entry by network or host can have less"
+            ),
+        ),
+        (
+            f'{OFFERED}[auth]\n[auth.imap]\naddress = "10.0.0.5:143"\n',
+            '15: [auth.imap]: nobody is asked here: "imap" is not in [auth] verify',
+        ),
+        (
+            f'{OFFERED}[auth]\nverify = "imap"\n[auth.imap]\naddress = "10.0.0.5:143"\ntls = "off"\n',
+            f"18: [auth.imap] tls: {AS_IT_IS}; write a tls that the server can do",
+        ),
+        (
+            f'{OFFERED}[auth]\nverify = "ldap"\n[auth.ldap]\naddress = "ldap://dc"\nbind = "{{user}}"\ntls = "off"\n',
+            f'19: [auth.ldap] tls: {AS_IT_IS}; write "starttls", or an ldaps address',
+        ),
+        (
+            f'{OFFERED}[auth]\nverify = "dovecot"\n[auth.dovecot]\naddress = "10.0.0.5:12345"\n',
+            "17: [auth.dovecot] address: Dovecot's protocol has no TLS: passwords cross the network",
+        ),
+        (
+            f'{OFFERED}[auth]\nverify = "oauth"\n[auth.oauth]\njwks = "https://idp.example/keys"\n',
+            "16: [auth.oauth]: a token that was made for another program is taken here, too; write audience",
+        ),
+        (
+            '[[send_as]]\naccounts = "alice"\nreverse_paths = "sales@example.com"\nexpires = 2026-01-01\n',
+            "12: [[send_as]] expires: this entry has expired and matches nobody; renew or remove it",
         ),
         (
             '[[route]]\nforward_paths = "*"\nbackend = "mail"\n[[route]]\nforward_paths = "local"\nbackend = "mail"\n',
@@ -1108,7 +1163,7 @@ def trust_sentence(text):
         ('accounts = "*"', "whoever logged in may send anywhere"),
         ('accounts = ["a", "b"]', "the accounts a, b may send anywhere"),
         (f'certificate = "{"ab" * 32}"', "the client with the certificate abababababababab... may send anywhere"),
-        ('pop3 = "30m"', "whoever logged in to the POP3 proxy may send anywhere"),
+        ('pop3 = "30m"', "whoever logged in to a mailbox from the same address in the last 30m may send anywhere"),
         (
             (
                 'network = "10.0.0.0/8"\nmessages_per_hour = 6\nrecipients_per_hour = 20\ntls_minimum = "1.2"\n'

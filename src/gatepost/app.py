@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from gatepost import __version__
@@ -99,7 +100,7 @@ def _plan(config_path: str | None) -> Plan:
         console_where=loaded.sources.at(("console", "address")),
         sessions=gate.limits.sessions,
         backends=tuple(backend.name for backend in gate.backends),
-        watch=tuple(dict.fromkeys(path for path in (config_path, gate.tls.certificate, gate.tls.key) if path)),
+        watch=tuple(dict.fromkeys(path for path in (config_path, *chain.from_iterable(gate.tls.certificates)) if path)),
         introduction=_introduction(loaded) if config_path is None else (),
         warnings=loaded.warnings,
     )

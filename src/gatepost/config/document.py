@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gatepost.config.places import Path, Places
-from gatepost.config.schema import ENTRIES, NAMED, SECRET_KEYS, SECTIONS, WHO_KEYS, Form, Table
+from gatepost.config.schema import ENTRIES, NAMED, SECRET_KEYS, SECTIONS, SUBTABLES, WHO_KEYS, Form, Table
 from gatepost.config.values import UNSHOWABLE, size_text
 from gatepost.errors import ConfigError
 
@@ -66,7 +66,8 @@ class Document:
         path: its name in messages.
 
     Attributes:
-        tables: [section] tables by name; a section that is missing has its defaults.
+        tables: [section] tables by name; a section that is missing has its defaults.  A [section.part] stands under
+            "section.part" if it is there and valid.
         entries: [[table]] entries by name, each with its index in the file.
         named: [backend.NAME] tables by table and name, in the file's order.
         written: names of all tables that the file has, valid or not.
@@ -161,7 +162,10 @@ class Document:
     def _judge_root(self, name: str, value: object) -> None:
         if name in SECTIONS:
             if isinstance(value, dict):
-                table = self._judge(SECTIONS[name], (name,), value)
+                parts = SUBTABLES.get(name, {})
+                for key in parts.keys() & value.keys():
+                    self._judge_part(name, key, value[key])
+                table = self._judge(SECTIONS[name], (name,), {k: v for k, v in value.items() if k not in parts})
                 if table is not None:
                     self.tables[name] = table
             else:
@@ -179,6 +183,19 @@ class Document:
             self._judge_named(name, value)
         else:
             self._unknown((name,), {*SECTIONS, *ENTRIES, *NAMED}, is_table=isinstance(value, dict | list))
+
+    def _judge_part(self, name: str, key: str, value: object) -> None:
+        if not isinstance(value, dict):
+            self.problem((name, key), f"this is a table; write [{name}.{key}] and its keys below it")
+            return
+        table = self._judge(SUBTABLES[name][key], (name, key), value)
+        if table is not None:
+            self.tables[f"{name}.{key}"] = table
+
+    def written_part(self, name: str, key: str) -> bool:
+        """Whether the file has a [name.key], valid or not."""
+        value = self._raw.get(name)
+        return isinstance(value, dict) and key in value
 
     def _judge_named(self, name: str, value: object) -> None:
         if not isinstance(value, dict):
@@ -269,6 +286,7 @@ _TYPES = {
 def _all_tables() -> list[tuple[str, type[Table]]]:
     return [
         *((f"[{name}]", model) for name, model in SECTIONS.items()),
+        *((f"[{name}.{key}]", model) for name, parts in SUBTABLES.items() for key, model in parts.items()),
         *((f"[[{name}]]", model) for name, model in ENTRIES.items()),
         *((f"[{name}.NAME]", model) for name, model in NAMED.items()),
     ]
@@ -276,6 +294,8 @@ def _all_tables() -> list[tuple[str, type[Table]]]:
 
 _EXAMPLES = {
     "address": 'write address = "host:port"',
+    "accounts": 'write accounts = ["alice"]',
+    "reverse_paths": 'write reverse_paths = ["sales@example.com"]',
     "forward_paths": 'write forward_paths = ["*@example.com"]',
     "backend": 'write backend = "NAME", the NAME of a [backend.NAME]',
 }
@@ -291,8 +311,6 @@ def _shown_bound(model: type[Table], key: str, bound: object) -> object:
 
 def may_be_secret(path: Path) -> bool:
     """Whether a value here may hold a password, rightly or by mistake."""
-    if path[:1] == ("auth",):
-        return path[1:2] != ("verify",)
     return bool(SECRET_KEYS.intersection(path[1:])) or (path[:1] == ("backend",) and "auth" in path[2:])
 
 
@@ -307,7 +325,8 @@ def path_label(path: Path) -> str:
     elif root in NAMED:
         label = f"[{root}.{rest.pop(0)}]" if rest else f"[{root}]"
     elif root in SECTIONS:
-        label = f"[{root}]"
+        part = rest.pop(0) if rest and rest[0] in SUBTABLES.get(root, {}) else ""
+        label = f"[{root}.{part}]" if part else f"[{root}]"
     else:
         label = root
     keys = ".".join(str(key) for key in rest if isinstance(key, str))

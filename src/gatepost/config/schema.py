@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from gatepost.auth.settings import AuthSettings
 from gatepost.backend.settings import BackendAddress
 from gatepost.config import values
 from gatepost.gate.settings import Limits, Timeouts
@@ -23,6 +24,7 @@ from gatepost.smtp.reply import Reply
 
 LIMITS = Limits()
 TIMEOUTS = Timeouts()
+AUTH = AuthSettings()
 PUBLIC_TRUST = 65536
 
 
@@ -82,6 +84,19 @@ BackendAt = Annotated[
     PlainValidator(values.backend_address),
     Form('"host:port", "lmtp:/path", "lmtp:host:port" or "embedded:"'),
 ]
+ServerAt = Annotated[tuple[str, int], PlainValidator(values.server_address), Form('"host:port"')]
+LdapAt = Annotated[
+    tuple[bool, str, int],
+    PlainValidator(values.ldap_address),
+    Form('"host:port", "ldap://host:port" or "ldaps://host:port"'),
+]
+DovecotAt = Annotated[
+    str | tuple[str, int],
+    PlainValidator(values.dovecot_address),
+    Form('"/run/dovecot/auth-client" (a Unix socket) or "host:port"'),
+]
+LoginForm = Annotated[str, AfterValidator(values.login_form), Form('text with "{user}" or "{local_part}"')]
+AccountName = Annotated[str, PlainValidator(values.account), Form('account name; "*" for all')]
 DomainName = Annotated[str, PlainValidator(values.domain), Form("domain name")]
 LocalDomain = Annotated[
     str, PlainValidator(values.local_domain), Form('"example.com", "*.example.com" or "[192.0.2.1]"')
@@ -154,11 +169,16 @@ class Listen(Table):
         description="Where to listen: one or several. Port 0 lets the system choose. 0.0.0.0 is every IPv4 address, "
         "[::] every IPv6 address, and localhost means 127.0.0.1.",
     )
-    role: Literal["mx", "submission", "inside"] = Field(
-        "mx", description="mx: strangers bring mail for us. submission: AUTH is required. inside: our own machines."
+    role: Literal["mx", "submission", "inside", "pop3", "imap"] = Field(
+        "mx",
+        description="mx: strangers bring mail for us. submission: AUTH is required. inside: our own machines. pop3, "
+        "imap: a proxy in front of the mailbox server named in server, see [[trust]] pop3.",
     )
     tls: Literal["none", "starttls", "implicit"] = Field(
         "none", description="none, starttls (offered in EHLO) or implicit (TLS from the first octet, as on port 465)."
+    )
+    tls_minimum: TlsVersion | None = Field(
+        None, description="The oldest version of TLS that is spoken here. Default: [tls] minimum."
     )
     proxy_from: Annotated[list[Network], BeforeValidator(_several)] = Field(
         default_factory=list,
@@ -169,7 +189,34 @@ class Listen(Table):
         None,
         description="Whether clients may or must log in. Default by role: mx off, submission required, inside offered.",
     )
-    auth_without_tls: bool = Field(False, description="Offer AUTH on plain connections, too.")
+    auth_without_tls: bool = Field(
+        False, description="Offer AUTH on plain connections, too. Passwords then cross the network as they are."
+    )
+    send_as: Literal["enforce", "log", "off"] | None = Field(
+        None,
+        description="What becomes of an account that sends as somebody else, in MAIL FROM or in the From field: "
+        "enforce refuses it, log lets it pass and says so in the log, off does not look. Default by role: mx and "
+        "submission enforce, inside off.",
+    )
+    xclient_from: Annotated[list[Network], BeforeValidator(_several)] = Field(
+        default_factory=list,
+        description="Clients in these may say with XCLIENT who the real client is. Nobody else is offered XCLIENT.",
+    )
+    server: ServerAt | None = Field(
+        None, description="Of a listener of role pop3 or imap: the mailbox server behind it. Required there."
+    )
+    server_tls: Literal["off", "opportunistic", "required", "implicit"] = Field(
+        "opportunistic",
+        description="How the mailbox server is spoken to: off, opportunistic (STLS or STARTTLS where offered, its "
+        "certificate not judged), required (never without, judged) or implicit (TLS from the first octet, judged).",
+    )
+    accounts_per_address: int = Field(
+        3,
+        ge=1,
+        le=1000,
+        description="Of a listener of role pop3 or imap: an address from which more accounts than so many logged in "
+        "within a day is shared by many clients, and no login from there lets anybody send.",
+    )
     bare_newlines: BareNewlines = Field(
         "refuse",
         description="What becomes of a CR or LF that stands alone in content: refuse, or normalise to CRLF. Neither "
@@ -178,11 +225,19 @@ class Listen(Table):
 
 
 class Tls(Table):
-    """The certificate of listeners with TLS. Without one, a self-signed one is made below data."""
+    """The certificates of listeners with TLS. Without one, a self-signed one is made below data."""
 
-    certificate: File = Field("", description="PEM file: the certificate, then its chain. Read again when it changes.")
-    key: File = Field("", description="PEM file of the private key. Default: it stands in the certificate's file.")
-    minimum: TlsVersion = Field("1.2", description="The oldest version of TLS that is spoken.")
+    certificate: Annotated[list[File], BeforeValidator(_several)] = Field(
+        default_factory=list,
+        description="PEM file: the certificate, then its chain. Several: chosen by the name that the client asks for "
+        "(SNI), the first where none has that name. Read again when a file changes.",
+    )
+    key: Annotated[list[File], BeforeValidator(_several)] = Field(
+        default_factory=list,
+        description="PEM file of the private key, in the order of certificate. Default: each stands in its "
+        "certificate's file.",
+    )
+    minimum: TlsVersion = Field("1.2", description="The oldest version of TLS, where no listener says otherwise.")
 
 
 class Domains(Table):
@@ -223,16 +278,16 @@ class Backend(Table):
         description="While the backend is out of reach: defer (451, the client keeps the message). spool is refused: "
         "this version has no spool.",
     )
-    xclient: Annotated[
-        bool,
-        AfterValidator(
-            _absent(
-                "this version does not hand the client's address on, so that the backend would take all mail as the "
-                "gate's own; remove the key",
-                False,
-            )
-        ),
-    ] = Field(False, description="true is refused: this version does not hand the client's address on to the backend.")
+    xclient: bool = Field(
+        False,
+        description="Hand the client's address, its EHLO name and account on with XCLIENT, where the backend offers "
+        "it. The backend must allow that to the gate's address.",
+    )
+    proxy: Literal["off", "v1", "v2"] = Field(
+        "off",
+        description="Begin each connection with a PROXY header of this version that names the client. The backend must "
+        "expect it; its connections are then not shared by clients.",
+    )
     auth: Annotated[
         Any,
         PlainValidator(
@@ -257,15 +312,16 @@ class Trust(Table):
     network: Network | None = Field(None, description="Who: clients in this network.")
     host: DomainName | None = Field(None, description="Who: the addresses of this DNS name, followed as it moves.")
     listen: Name | None = Field(None, description="Who: the clients of the listener with this name.")
-    accounts: Annotated[list[Line], BeforeValidator(_several), AfterValidator(_filled)] | None = Field(
-        None, description="Who: clients that logged in, by account name; * for all. Matches nobody in this version."
+    accounts: Annotated[list[AccountName], BeforeValidator(_several), AfterValidator(_filled)] | None = Field(
+        None, description="Who: clients that logged in, by account name; * for all."
     )
     certificate: Fingerprint | None = Field(
-        None, description="Who: clients with this certificate. Matches nobody in this version."
+        None, description="Who: clients that show this certificate in the TLS handshake, whoever signed it."
     )
-    pop3: Duration | None = Field(
+    pop3: Annotated[Duration, Field(ge=60, le=86400)] | None = Field(
         None,
-        description="Who: clients that logged in to the POP3 proxy in the time given. Matches nobody in this version.",
+        description="Who: clients from whose address somebody logged in to a listener of role pop3 or imap in the time "
+        "given.",
     )
     why: Line = Field("", description="Why this grant exists; named in verdicts.")
     owner: Line = Field("", description="Whom to ask about it.")
@@ -286,7 +342,8 @@ class Trust(Table):
     )
     tls_minimum: TlsVersion | None = Field(
         None,
-        description="Only over TLS of at least this version. In this version none below [tls] minimum is spoken.",
+        description="Only over TLS of at least this version. One below the listener's is spoken with the clients of "
+        "this network or host, and with nobody else.",
     )
     bare_newlines: BareNewlines = Field("refuse", description="As in [[listen]], for these clients.")
 
@@ -305,18 +362,107 @@ class Deny(Table):
     expires: Expiry | None = Field(None, description="When it ends, as in [[trust]].")
 
 
-class Auth(Table):
-    """Who verifies a login. This version verifies none: AUTH is not offered, and nobody is trusted by account."""
+class SendAs(Table):
+    """As whom an account may send, besides its own address: aliases, shared mailboxes, a whole domain.
 
-    verify: list[Literal["accounts", "pop3", "imap", "smtp", "ldap", "dovecot"]] = Field(
-        ["accounts"], description="Asked in order; each but accounts has a table of its own."
+    An account's own address is its name, where that is an address, else its name at each of our local domains.
+    """
+
+    accounts: Annotated[list[AccountName], BeforeValidator(_several), AfterValidator(_filled)] = Field(
+        description="Which accounts; * for all."
     )
-    accounts: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
-    pop3: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
-    imap: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
-    smtp: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
-    ldap: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
-    dovecot: dict[str, Any] = Field(default_factory=dict, description="Has no effect in this version.")
+    reverse_paths: Annotated[list[PathPattern], BeforeValidator(_several), AfterValidator(_filled)] = Field(
+        description="As whom: patterns, for MAIL FROM and for the From field alike."
+    )
+    why: Line = Field("", description="Why this grant exists.")
+    owner: Line = Field("", description="Whom to ask about it.")
+    expires: Expiry | None = Field(None, description="When it ends, as in [[trust]].")
+
+
+class Auth(Table):
+    """Who verifies a login."""
+
+    verify: Annotated[
+        list[Literal["accounts", "pop3", "imap", "smtp", "ldap", "dovecot", "oauth"]],
+        BeforeValidator(_several),
+        AfterValidator(_filled),
+    ] = Field(
+        ["accounts"],
+        description="Asked in order until one says yes; each but accounts has a table of its own. accounts are ours, "
+        "see `gatepost account`. oauth takes tokens, the others take passwords. Where one is out of reach and no other "
+        "says yes, the client hears 454 and no guess is counted.",
+    )
+    cache: Annotated[Duration, Field(le=3600)] = Field(
+        AUTH.cache_s,
+        description="How long a good login to another server is believed again without asking; 0 for never. A login "
+        "with another password, once that server took it, ends it.",
+    )
+
+
+class LoginServer(Table):
+    """A login to the server itself, so that its accounts stay where they are."""
+
+    address: ServerAt = Field(description="The server that knows its users' passwords.")
+    tls: Literal["off", "opportunistic", "required", "implicit"] = Field(
+        "opportunistic",
+        description="off, opportunistic (where offered, its certificate not judged), required (never without, judged) "
+        "or implicit (TLS from the first octet, judged).",
+    )
+    login: LoginForm = Field(
+        "{user}",
+        description="How the user is named to the server: {user} as typed, {local_part} before the @, {domain} behind "
+        "it.",
+    )
+    timeout: Annotated[Duration, Field(ge=1, le=300)] = Field(10.0, description="For the whole of one login.")
+    connections: int = Field(20, ge=1, le=10_000, description="Logins at the same time, in each worker.")
+
+
+class Ldap(Table):
+    """A bind as the user. Needs the extra package `gatepost[ldap]`, which a clone's own set-up brings."""
+
+    address: LdapAt = Field(description="The directory. ldaps is TLS from the first octet.")
+    tls: Literal["off", "starttls"] = Field(
+        "starttls", description="For ldap: StartTLS, or passwords cross the network as they are."
+    )
+    authority: File = Field(
+        "", description="PEM file of the authority that signed its certificate. Default: the system's."
+    )
+    bind: Line = Field(
+        "",
+        description='The name to bind as, such as "uid={user},ou=people,dc=example,dc=com", or "{user}" for Active '
+        "Directory. Without it the entry is searched for.",
+    )
+    search_base: Line = Field("", description="Below which entry to search.")
+    search_filter: Line = Field("", description='How the one entry is found, such as "(mail={user})".')
+    search_bind: Line = Field("", description="Whom the search is done as. Default: nobody.")
+    search_password: Secret | None = Field(None, description="Its password.")
+    addresses: Annotated[list[Line], BeforeValidator(_several)] = Field(
+        default_factory=list,
+        description='Attributes that hold addresses which the account may send as, such as ["mail", "proxyAddresses"].',
+    )
+    timeout: Annotated[Duration, Field(ge=1, le=300)] = Field(10.0, description="For the whole of one login.")
+    connections: int = Field(20, ge=1, le=10_000, description="Logins at the same time, in each worker.")
+
+
+class Dovecot(Table):
+    """Dovecot's own authentication, over its auth-client socket."""
+
+    address: DovecotAt = Field(description="Where Dovecot listens for it.")
+    timeout: Annotated[Duration, Field(ge=1, le=300)] = Field(10.0, description="For the whole of one login.")
+
+
+class Oauth(Table):
+    """Tokens of an OAuth 2 issuer (XOAUTH2, OAUTHBEARER): either signed, and checked by jwks, or asked for there."""
+
+    jwks: Line = Field("", description="URL or file of the keys that sign its tokens.")
+    introspection: Line = Field("", description="URL at which a token is asked for (RFC 7662).")
+    client_id: Line = Field("", description="Who asks there.")
+    client_secret: Secret | None = Field(None, description="Its secret.")
+    issuer: Line = Field("", description="What a token must name as its issuer. Default: any.")
+    audience: Line = Field("", description="What a token must be made for. Default: any.")
+    user_claim: Line = Field("email", description="The claim that names the account.")
+    scope: Line = Field("", description="A scope that the token must hold.")
+    timeout: Annotated[Duration, Field(ge=1, le=300)] = Field(10.0, description="For one question.")
 
 
 class Limit(Table):
@@ -400,7 +546,19 @@ SECTIONS: dict[str, type[Table]] = {
 }
 """[table]: one each."""
 
-ENTRIES: dict[str, type[Table]] = {"listen": Listen, "route": Route, "trust": Trust, "deny": Deny}
+SUBTABLES: dict[str, dict[str, type[Table]]] = {
+    "auth": {
+        "pop3": LoginServer,
+        "imap": LoginServer,
+        "smtp": LoginServer,
+        "ldap": Ldap,
+        "dovecot": Dovecot,
+        "oauth": Oauth,
+    }
+}
+"""[table.part]: one each, judged by itself; there is no default for one that is missing."""
+
+ENTRIES: dict[str, type[Table]] = {"listen": Listen, "route": Route, "trust": Trust, "deny": Deny, "send_as": SendAs}
 """[[table]]: any number, in order."""
 
 NAMED: dict[str, type[Table]] = {"backend": Backend}
@@ -412,5 +570,5 @@ WHO_KEYS = {
 }
 """Exactly one of these stands in each entry."""
 
-SECRET_KEYS = frozenset({"url", "password", "secret", "token"})
+SECRET_KEYS = frozenset({"url", "password", "secret", "token", "search_password", "client_secret"})
 """Keys whose values no message may show."""

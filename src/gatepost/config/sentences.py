@@ -13,14 +13,22 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gatepost.config import Config
-from gatepost.config.values import address_text, backend_address_text
+from gatepost.config.settings import takes_logins
+from gatepost.config.values import address_text, backend_address_text, duration_text
 from gatepost.gate.settings import ListenSettings
 from gatepost.policy import relay
+from gatepost.policy.admission import SendAsEntry
 from gatepost.policy.relay import DenyEntry, IPNetwork, Route, TrustEntry
 
 SHOWN_MAX = 50  # entries of one kind in text; the structure has them all
 
-_ROLES = {"mx": "mail for us from anybody", "submission": "AUTH required", "inside": "our own machines"}
+_ROLES = {
+    "mx": "mail for us from anybody",
+    "submission": "AUTH required",
+    "inside": "our own machines",
+    "pop3": "POP3 proxy",
+    "imap": "IMAP proxy",
+}
 _LISTEN_TLS = {"none": "no TLS", "starttls": "STARTTLS", "implicit": "TLS from the first octet"}
 _BACKEND_TLS = {"off": "", "opportunistic": ", STARTTLS where offered", "required": ", STARTTLS required"}
 
@@ -44,7 +52,13 @@ def summary(config: Config, now: float) -> dict[str, Any]:
         "workers": gate.workers,
         "console": address_text(*config.console_address),
         "listeners": [
-            {"name": listen.name, "role": listen.role, "sentence": listen_sentence(listen), "where": listen.where}
+            {
+                "name": listen.name,
+                "role": listen.role,
+                "logins": takes_logins(listen),
+                "sentence": listen_sentence(listen),
+                "where": listen.where,
+            }
             for listen in gate.listens
         ],
         "local": [{"pattern": entry.pattern, "where": entry.where} for entry in rules.local],
@@ -64,6 +78,11 @@ def summary(config: Config, now: float) -> dict[str, Any]:
                 "where": entry.where,
             }
             for entry in rules.deny
+        ],
+        "logins": list(gate.auth.verify),
+        "send_as": [
+            {"sentence": send_as_sentence(entry, now), "expires": moment_text(entry.expires_at), "where": entry.where}
+            for entry in gate.send_as.entries
         ],
         "backends": [
             {
@@ -87,6 +106,8 @@ def text(facts: dict[str, Any]) -> str:
         *_section("Listens", [f"{at['name']}: {at['sentence']}" for at in facts["listeners"]]),
         *_section("Takes mail from anybody for", [entry["pattern"] for entry in facts["local"]], empty="nobody"),
         *_section("May send elsewhere", [entry["sentence"] for entry in facts["trust"]], empty="nobody"),
+        *_section("Logins are verified by", facts["logins"] if _logins_taken(facts) else []),
+        *_section("May send as others", [entry["sentence"] for entry in facts["send_as"]]),
         *_section("Refuses whatever else is allowed", [entry["sentence"] for entry in facts["deny"]]),
         *_section(
             "Hands mail on to",
@@ -101,6 +122,10 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _logins_taken(facts: dict[str, Any]) -> bool:
+    return any(at["logins"] for at in facts["listeners"])
+
+
 def _section(title: str, entries: list[str], *, empty: str = "") -> list[str]:
     if not entries and not empty:
         return []
@@ -113,7 +138,18 @@ def _section(title: str, entries: list[str], *, empty: str = "") -> list[str]:
 def listen_sentence(listen: ListenSettings) -> str:
     """Such as "0.0.0.0:25, mail for us from anybody, STARTTLS"."""
     parts = [", ".join(address_text(*address) for address in listen.addresses), _ROLES[listen.role]]
+    if listen.server is not None:
+        parts.append(f"in front of {address_text(listen.server.host, listen.server.port)}")
     parts.append(_LISTEN_TLS[listen.tls])
+    if takes_logins(listen):
+        if listen.auth == "offered":
+            parts.append("AUTH offered")
+        if listen.auth_without_tls:
+            parts.append("AUTH in plain text, too")
+        if listen.send_as != "enforce":
+            parts.append("accounts may send as anybody" + (", which is logged" if listen.send_as == "log" else ""))
+    if listen.xclient_from:
+        parts.append(f"XCLIENT from {', '.join(listen.xclient_from)}")
     if listen.proxy_from:
         parts.append(f"PROXY header from {', '.join(listen.proxy_from)}")
     if listen.bare_newlines == "normalise":
@@ -159,6 +195,13 @@ def deny_sentence(entry: DenyEntry, now: float) -> str:
     return sentence + _until(entry.expires_at, now) + _because(entry.why, "")
 
 
+def send_as_sentence(entry: SendAsEntry, now: float) -> str:
+    """Such as "the accounts alice, bob may send as sales@example.com: shared mailbox, it@example.com"."""
+    who = "whoever logged in" if "*" in entry.accounts else f"the accounts {', '.join(entry.accounts)}"
+    sentence = f"{who} may send as {' or '.join(map(str, entry.reverse_paths))}"
+    return sentence + _until(entry.expires_at, now) + _because(entry.why, entry.owner)
+
+
 def moment_text(moment: float | None) -> str | None:
     """When an entry ends: the last day on which it holds, or a time where it ends within a day."""
     if moment is None:
@@ -180,7 +223,7 @@ def _who(entry: TrustEntry) -> str:
         return "whoever logged in" if "*" in entry.accounts else f"the accounts {', '.join(entry.accounts)}"
     if entry.certificate:
         return f"the client with the certificate {entry.certificate[:16]}..."
-    return "whoever logged in to the POP3 proxy"
+    return f"whoever logged in to a mailbox from the same address in the last {duration_text(entry.pop3_s)}"
 
 
 def _network(network: IPNetwork) -> str:

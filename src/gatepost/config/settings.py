@@ -17,18 +17,32 @@ from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 from typing import cast
+from urllib.parse import urlsplit
 
+from gatepost.auth.settings import AuthSettings, DovecotServer, LdapServer, LoginServer, OauthIssuer
 from gatepost.backend.settings import BackendAddress, BackendSettings, EmbeddedMailboxes, LmtpSocket, SmtpAddress
 from gatepost.config import exposure, schema
 from gatepost.config.document import Document
 from gatepost.config.places import Path as Place
-from gatepost.config.values import ANY_IPV4, address_text, domain
+from gatepost.config.values import ANY_IPV4, address_text, domain, login_form
 from gatepost.facts import IPAddress, client_address
-from gatepost.gate.settings import GateSettings, Limits, ListenSettings, Timeouts, TlsSettings
+from gatepost.gate.settings import (
+    CertificateFiles,
+    GateSettings,
+    Limits,
+    ListenSettings,
+    MailboxServer,
+    Timeouts,
+    TlsSettings,
+)
+from gatepost.policy.admission import SendAsEntry, SendAsRules
 from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Route, TrustEntry
 from gatepost.smtp.path import Pattern
 
 _DEFAULT_AUTH = {"mx": "off", "submission": "required", "inside": "offered"}
+_DEFAULT_SEND_AS = {"mx": "enforce", "submission": "enforce", "inside": "off"}
+_BROKEN = ("1.0", "1.1")  # RFC 8996
+_PROXIES = ("pop3", "imap")  # roles of listeners in front of a mailbox server
 
 
 def build(document: Document, now: float) -> GateSettings:
@@ -45,8 +59,10 @@ def build(document: Document, now: float) -> GateSettings:
     workers = gate.workers or len(os.sched_getaffinity(0))
     backends = _backends(document, listens, name, data, workers)
     rules = _rules(document, limits.recipients_per_message, now)
+    auth = _auth(document, data)
     _refuse_lost_references(document)
-    _warn_of_absent_parts(document, listens)
+    _judge_logins(document, listens, rules)
+    _warn_of_absent_parts(document)
     _refuse_open_relay(document, listens, rules, name, now)
     return GateSettings(
         name=name,
@@ -71,6 +87,8 @@ def build(document: Document, now: float) -> GateSettings:
         timeouts=_timeouts(document),
         tls=_tls(document),
         own_addresses=_own_addresses(listens),
+        auth=auth,
+        send_as=_send_as(document, rules, now),
     )
 
 
@@ -150,6 +168,7 @@ def _listens(document: Document) -> tuple[ListenSettings, ...]:
                     value=address_text(*address),
                 )
             addresses.setdefault(address, where)
+        _judge_proxy(document, path, listen)
         if listen.role == "submission" and listen.auth not in (None, "required"):
             document.problem(
                 (*path, "auth"),
@@ -164,27 +183,271 @@ def _listens(document: Document) -> tuple[ListenSettings, ...]:
                 role=listen.role,
                 tls=listen.tls,
                 proxy_from=tuple(map(str, listen.proxy_from)),
-                auth=listen.auth or _DEFAULT_AUTH[listen.role],
+                auth=listen.auth or _DEFAULT_AUTH.get(listen.role, "off"),
                 auth_without_tls=listen.auth_without_tls,
                 bare_newlines=listen.bare_newlines,
+                tls_minimum=_tls_minimum(document, path, listen),
+                send_as=listen.send_as or _DEFAULT_SEND_AS.get(listen.role, "off"),
+                xclient_from=tuple(map(str, listen.xclient_from)),
+                server=_mailbox_server(listen),
             )
         )
     return tuple(out)
 
 
+def _judge_proxy(document: Document, path: Place, listen: schema.Listen) -> None:
+    """The keys of a mailbox proxy stand in its table, and those of SMTP do not."""
+    if listen.role in _PROXIES:
+        if listen.server is None:
+            document.problem(
+                path, f'a listener of role {listen.role} needs the server behind it; write server = "10.0.0.5:110"'
+            )
+        for key in ("auth", "send_as"):
+            if getattr(listen, key) is not None:
+                document.problem((*path, key), f"this says nothing to a proxy for {listen.role}; remove the key")
+        if listen.xclient_from:
+            document.problem((*path, "xclient_from"), f"there is no XCLIENT in {listen.role}; remove the key")
+    elif listen.server is not None:
+        document.problem(
+            (*path, "server"),
+            'only a listener of role "pop3" or "imap" has a server behind it; set role, or remove the key',
+        )
+
+
+def _mailbox_server(listen: schema.Listen) -> MailboxServer | None:
+    if listen.server is None:
+        return None
+    return MailboxServer(*listen.server, listen.server_tls, accounts_max=listen.accounts_per_address)
+
+
+def _tls_minimum(document: Document, path: Place, listen: schema.Listen) -> str:
+    common = cast("schema.Tls", document.tables["tls"]).minimum
+    if listen.tls_minimum is None:
+        return common
+    if listen.tls == "none":
+        document.problem(
+            (*path, "tls_minimum"), 'this listener speaks no TLS; write tls = "starttls", or remove the key'
+        )
+    elif listen.tls_minimum in _BROKEN:
+        document.warning(
+            (*path, "tls_minimum"),
+            "TLS 1.0 and 1.1 are broken (RFC 8996), and every client of this listener may be talked down to them; "
+            "write it into the [[trust]] entry of the one device that needs it",
+            value=listen.tls_minimum,
+        )
+    return listen.tls_minimum
+
+
 def _tls(document: Document) -> TlsSettings:
     tls = cast("schema.Tls", document.tables["tls"])
     if tls.key and not tls.certificate:
-        document.problem(("tls", "key"), "there is a key but no certificate; write certificate, too", value=tls.key)
-    if tls.minimum in ("1.0", "1.1"):
+        document.problem(("tls", "key"), "there is a key but no certificate; write certificate, too", value=tls.key[0])
+    elif tls.key and len(tls.key) != len(tls.certificate):
+        document.problem(
+            ("tls", "key"),
+            f"{len(tls.certificate)} certificates and {len(tls.key)} keys are no pairs; name a key for each, in order",
+        )
+    if tls.minimum in _BROKEN:
         document.warning(
             ("tls", "minimum"),
-            'TLS 1.0 and 1.1 are broken (RFC 8996); write "1.2" unless a client you know needs them',
+            'TLS 1.0 and 1.1 are broken (RFC 8996); write "1.2", and tls_minimum into the [[trust]] entry of the one '
+            "device that needs less",
             value=tls.minimum,
         )
-    certificate = _path(document.path, tls.certificate) if tls.certificate else ""
-    key = _path(document.path, tls.key) if tls.key else certificate
-    return TlsSettings(certificate=certificate, key=key, minimum=tls.minimum)
+    certificates = [_path(document.path, certificate) for certificate in tls.certificate]
+    keys = [_path(document.path, key) for key in tls.key] or certificates
+    return TlsSettings(tuple(map(CertificateFiles, certificates, keys)), tls.minimum)
+
+
+# --- Logins -----------------------------------------------------------------------------------------------------------
+
+
+def _auth(document: Document, data: str) -> AuthSettings:
+    """Who verifies a login."""
+    auth = cast("schema.Auth", document.tables["auth"])
+    verify = tuple(dict.fromkeys(auth.verify))
+    for number, name in enumerate(auth.verify):
+        if name != "accounts" and not document.written_part("auth", name):
+            document.problem(
+                ("auth", "verify", number), f"there is no [auth.{name}]; write it, and its address below it", value=name
+            )
+    for part in schema.SUBTABLES["auth"]:
+        if document.written_part("auth", part) and part not in verify:
+            document.warning(("auth", part), f'nobody is asked here: "{part}" is not in [auth] verify')
+    return AuthSettings(
+        verify=verify,
+        accounts=str(Path(data) / "accounts"),
+        pop3=_login_server(document, "pop3"),
+        imap=_login_server(document, "imap"),
+        smtp=_login_server(document, "smtp"),
+        ldap=_ldap(document),
+        dovecot=_dovecot(document),
+        oauth=_oauth(document),
+        cache_s=auth.cache,
+    )
+
+
+def _login_server(document: Document, name: str) -> LoginServer | None:
+    table = cast("schema.LoginServer | None", document.tables.get(f"auth.{name}"))
+    if table is None:
+        return None
+    host, port = table.address
+    if table.tls == "off" and not _near(host):
+        document.warning(
+            ("auth", name, "tls"), "passwords cross the network as they are; write a tls that the server can do"
+        )
+    return LoginServer(host, port, table.tls, table.login, table.timeout, table.connections)
+
+
+def _near(host: str) -> bool:
+    """Passwords to this host do not leave this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _ldap(document: Document) -> LdapServer | None:
+    table = cast("schema.Ldap | None", document.tables.get("auth.ldap"))
+    if table is None:
+        return None
+    implicit, host, port = table.address
+    path: Place = ("auth", "ldap")
+    if bool(table.bind) == bool(table.search_filter):
+        document.problem(path, "the user's entry is either named by bind or found by search_filter; write one of them")
+    if table.search_filter and not table.search_base:
+        document.problem((*path, "search_filter"), "search_base is missing: below which entry shall be searched?")
+    for key in ("bind", "search_filter"):
+        written = str(getattr(table, key))
+        if written:
+            try:
+                login_form(written)
+            except ValueError as error:
+                document.problem((*path, key), str(error))
+    if table.tls == "off" and not implicit and not _near(host):
+        document.warning(
+            (*path, "tls"), 'passwords cross the network as they are; write "starttls", or an ldaps address'
+        )
+    return LdapServer(
+        host=host,
+        port=port,
+        tls="implicit" if implicit else table.tls,
+        authority=_path(document.path, table.authority) if table.authority else "",
+        bind=table.bind,
+        search_base=table.search_base,
+        search_filter=table.search_filter,
+        search_bind=table.search_bind,
+        search_password=table.search_password.reveal() if table.search_password is not None else "",
+        addresses=tuple(table.addresses),
+        timeout_s=table.timeout,
+        connections=table.connections,
+    )
+
+
+def _dovecot(document: Document) -> DovecotServer | None:
+    table = cast("schema.Dovecot | None", document.tables.get("auth.dovecot"))
+    if table is None:
+        return None
+    if isinstance(table.address, str):
+        return DovecotServer(path=table.address, timeout_s=table.timeout)
+    host, port = table.address
+    if not _near(host):
+        document.warning(("auth", "dovecot", "address"), "Dovecot's protocol has no TLS: passwords cross the network")
+    return DovecotServer(host=host, port=port, timeout_s=table.timeout)
+
+
+def _oauth(document: Document) -> OauthIssuer | None:
+    table = cast("schema.Oauth | None", document.tables.get("auth.oauth"))
+    if table is None:
+        return None
+    path: Place = ("auth", "oauth")
+    if bool(table.jwks) == bool(table.introspection):
+        document.problem(
+            path, "a token is judged by its signature or by its issuer; write either jwks or introspection"
+        )
+    for key in ("jwks", "introspection"):
+        url = str(getattr(table, key))
+        if "://" in url and not url.startswith("https://") and not _near(urlsplit(url).hostname or ""):
+            document.problem((*path, key), "who can change what comes from here can log in as anybody; write https://")
+    if table.jwks and not table.audience:
+        document.warning(path, "a token that was made for another program is taken here, too; write audience")
+    return OauthIssuer(
+        jwks=_path(document.path, table.jwks) if table.jwks and "://" not in table.jwks else table.jwks,
+        introspection=table.introspection,
+        client_id=table.client_id,
+        client_secret=table.client_secret.reveal() if table.client_secret is not None else "",
+        issuer=table.issuer,
+        audience=table.audience,
+        user_claim=table.user_claim,
+        scope=table.scope,
+        timeout_s=table.timeout,
+    )
+
+
+def _send_as(document: Document, rules: RelayRules, now: float) -> SendAsRules:
+    entries = []
+    for index, entry in document.entries["send_as"]:
+        path = ("send_as", index)
+        _warn_of_expiry(document, path, entry.expires, now)
+        entries.append(
+            SendAsEntry(
+                where=document.places.at(path),
+                accounts=tuple(entry.accounts),
+                reverse_paths=tuple(entry.reverse_paths),
+                why=entry.why,
+                owner=entry.owner,
+                expires_at=entry.expires,
+            )
+        )
+    return SendAsRules(tuple(entries), tuple(local.pattern for local in rules.local if local.pattern[0] not in "*["))
+
+
+def takes_logins(listen: ListenSettings) -> bool:
+    """Whether somebody can log in to this listener."""
+    return listen.auth != "off" and (listen.tls != "none" or listen.auth_without_tls)
+
+
+def _judge_logins(document: Document, listens: tuple[ListenSettings, ...], rules: RelayRules) -> None:
+    """Who may log in where, and what it gives them, fit together."""
+    taken = any(takes_logins(listen) for listen in listens)
+    by_account = any(entry.accounts for entry in rules.trust)
+    for (index, written), listen in zip(document.entries["listen"], listens, strict=True):
+        path: Place = ("listen", index)
+        if listen.auth == "off":
+            continue
+        key: Place = (*path, "role" if written.auth is None else "auth")
+        if not takes_logins(listen):
+            if listen.auth == "required" or written.auth is not None:
+                document.warning(
+                    key,
+                    "AUTH is offered under TLS only, which this listener does not speak, so that nobody can log in; "
+                    'write tls = "starttls"',
+                )
+            continue
+        if listen.auth_without_tls and not all(_near(host) for host, _ in listen.addresses):
+            document.warning(
+                (*path, "auth_without_tls"), "passwords cross the network as they are, for everybody to read"
+            )
+        if listen.auth == "required" and not by_account:
+            document.warning(
+                key,
+                "who logs in here may send to the local domains only: no [[trust]] entry has accounts; "
+                'write [[trust]] and accounts = ["*"]',
+            )
+    for index, entry in document.entries["trust"]:
+        if entry.accounts is not None and not taken:
+            document.warning(
+                ("trust", index, "accounts"), "AUTH is offered by no listener, so the entry matches no client"
+            )
+        if entry.pop3 is not None and not any(listen.role in _PROXIES for listen in listens):
+            document.warning(
+                ("trust", index, "pop3"),
+                'no listener has role "pop3" or "imap", so the entry matches no client',
+            )
+        if entry.certificate is not None and all(listen.tls == "none" for listen in listens):
+            document.warning(("trust", index, "certificate"), "no listener speaks TLS, so the entry matches no client")
+    if "auth" in document.written and not taken:
+        document.warning(("auth",), "AUTH is offered by no listener, so that nobody is asked")
 
 
 def _timeouts(document: Document) -> Timeouts:
@@ -231,6 +494,11 @@ def _backends(
             document.problem(
                 (*path, "tls"), "there is no TLS on a Unix socket or in a directory; remove the key", value=backend.tls
             )
+        for key in ("xclient", "proxy"):
+            if getattr(backend, key) not in (False, "off") and kinds != {SmtpAddress}:
+                document.problem((*path, key), "only a server reached over TCP takes this; remove the key")
+        if backend.xclient and backend.proxy != "off":
+            document.problem((*path, "xclient"), "the PROXY header says who the client is already; keep one of the two")
         for number, address in enumerate(addresses):
             listener = _own_listener(address, own)
             if listener:
@@ -248,6 +516,8 @@ def _backends(
                 connections=max(1, backend.connections // workers),
                 hello=hello,
                 connect_timeout_s=backend.connect_timeout,
+                xclient=backend.xclient,
+                proxy=backend.proxy,
             )
         )
     return tuple(out)
@@ -333,19 +603,14 @@ def _local(document: Document) -> tuple[LocalPattern, ...]:
 
 
 def _trust(document: Document, now: float) -> tuple[TrustEntry, ...]:
-    tls = cast("schema.Tls", document.tables["tls"])
     out = []
     for index, trust in document.entries["trust"]:
         path = ("trust", index)
-        for key in ("accounts", "certificate", "pop3"):
-            if getattr(trust, key) is not None:
-                document.warning(
-                    (*path, key), "this version verifies nobody in this way, so the entry matches no client"
-                )
-        if trust.tls_minimum is not None and trust.tls_minimum < tls.minimum:
+        if trust.tls_minimum in _BROKEN and trust.network is None and trust.host is None:
             document.warning(
                 (*path, "tls_minimum"),
-                f'this version speaks nothing below [tls] minimum, "{tls.minimum}", with anybody; remove the key',
+                "who a client is shows after the TLS handshake here, so that none below the listener's minimum is "
+                "spoken; an entry by network or host can have less",
                 value=trust.tls_minimum,
             )
         _warn_of_expiry(document, path, trust.expires, now)
@@ -417,15 +682,7 @@ def _refuse_lost_references(document: Document) -> None:
                 document.problem((table, index, key), f"nothing has this name; {mend}", value=name)
 
 
-def _warn_of_absent_parts(document: Document, listens: tuple[ListenSettings, ...]) -> None:
-    if "auth" in document.written:
-        document.warning(("auth",), "this version verifies no login; the table has no effect, and AUTH is not offered")
-    for (index, written), listen in zip(document.entries["listen"], listens, strict=True):
-        if listen.auth == "required":
-            key: Place = ("listen", index, "role" if written.auth is None else "auth")
-            document.warning(key, "this version verifies no login, so a listener that requires AUTH refuses all mail")
-        elif written.auth == "offered":
-            document.warning(("listen", index, "auth"), "this version verifies no login, so AUTH is not offered")
+def _warn_of_absent_parts(document: Document) -> None:
     if cast("schema.Store", document.tables["store"]).url is not None:
         document.warning(("store", "url"), "this version keeps no records; the key has no effect")
 

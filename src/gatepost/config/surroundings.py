@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gatepost.backend.settings import EmbeddedMailboxes, LmtpSocket
 from gatepost.config import Config
+from gatepost.gate.settings import CertificateFiles
 
 
 def look(config: Config) -> list[str]:
@@ -34,24 +35,27 @@ def _user(config: Config) -> list[str]:
 
 def _certificate(config: Config) -> list[str]:
     tls = config.gate.tls
-    if not tls.certificate:
+    if not tls.certificates:
         if any(listen.tls != "none" for listen in config.gate.listens):
             at = config.sources.at(("tls",)) if ("tls",) in config.sources else config.config_path
             return [f"{at}: no [tls] certificate: the gate makes a self-signed one, which strict clients refuse"]
         return []
-    at = config.sources.at(("tls", "certificate"))
-    for path in dict.fromkeys((tls.certificate, tls.key)):
+    return [found for number, files in enumerate(tls.certificates) for found in _pair(config, number, files)]
+
+
+def _pair(config: Config, number: int, files: CertificateFiles) -> list[str]:
+    at = config.sources.at(("tls", "certificate", number))
+    for path in dict.fromkeys(files):
         try:
             with Path(path).open("rb"):
                 pass
         except OSError as error:
             return [f"{at}: [tls] {path}: {error.strerror} on this host"]
     with contextlib.suppress(OSError):  # ssl.SSLError is one, and says less than we do
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, password="")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files, password="")
         return []
-    return [
-        f"{at}: [tls] {tls.certificate} and {tls.key}: these are no certificate in PEM and its key, without password"
-    ]
+    names = f"{files.certificate} and {files.key}"
+    return [f"{at}: [tls] {names}: these are no certificate in PEM and its key, without password"]
 
 
 def _backends(config: Config) -> list[str]:

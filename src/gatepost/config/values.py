@@ -23,6 +23,7 @@ from gatepost.smtp.path import AddressLiteral, parse_domain
 from gatepost.smtp.reply import LINE_OCTETS_MAX, Reply
 
 SECRET_OCTETS_MAX = 64 << 10
+ACCOUNT_OCTETS_MAX = 128
 # What would break a line, or turn the order of what a terminal shows: controls, line separators, bidirectional marks.
 UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 ANY_IPV4 = str(IPv4Address(0))
@@ -38,6 +39,7 @@ _REPLY = re.compile(r"([45][0-9][0-9])(?: ([245])\.([0-9]{1,3})\.([0-9]{1,3}))?(
 _PRINTABLE = re.compile(r"[\x20-\x7e]+")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_BRACES = re.compile(r"\{[^}]*\}?|\}")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -195,6 +197,60 @@ def listen_address(value: object) -> tuple[str, int]:
             f'"{host}" is not an IP address; write the address to listen on, or "{ANY_IPV4}:{port}" for all'
         )
     return str(address), port
+
+
+def server_address(value: object) -> tuple[str, int]:
+    """A server's name or IP address, and its port."""
+    host, port = host_port(value)
+    if port == 0:
+        raise ValueError("port 0 is no server's port; write the port on which it listens")
+    address = _address(host)
+    return (domain(host) if address is None else str(address)), port
+
+
+def ldap_address(value: object) -> tuple[bool, str, int]:
+    """A directory: whether TLS begins with the first octet, its name or address, its port."""
+    written = text(value)
+    scheme, separator, rest = written.partition("://")
+    implicit = bool(separator) and scheme == "ldaps"
+    if separator and scheme not in ("ldap", "ldaps"):
+        raise ValueError(f'"{scheme}" is no directory\'s scheme; write "ldap://host:389" or "ldaps://host:636"')
+    place = rest.rstrip("/") if separator else written
+    bare = not place.rpartition("]")[2].count(":") if place.startswith("[") else ":" not in place
+    if bare:
+        place += ":636" if implicit else ":389"
+    return implicit, *server_address(place)
+
+
+def dovecot_address(value: object) -> str | tuple[str, int]:
+    """A Unix socket by its path, or a host and port."""
+    written = text(value)
+    return written if written.startswith("/") else server_address(written)
+
+
+def login_form(value: str) -> str:
+    """How a user is named to another server."""
+    words = _BRACES.findall(value)
+    if not set(words) <= {"{user}", "{local_part}", "{domain}"} or not {"{user}", "{local_part}"} & set(words):
+        raise ValueError(
+            'write "{user}" or "{local_part}" where the user\'s name belongs, such as "OFFICE\\\\{local_part}"'
+        )
+    return value
+
+
+def account(value: object) -> str:
+    """An account's name, in lower case; "*" is all accounts."""
+    written = text(value)
+    if (
+        not written
+        or len(written.encode()) > ACCOUNT_OCTETS_MAX
+        or UNSHOWABLE.search(written)
+        or written != written.strip()
+    ):
+        raise ValueError(
+            f'an account has a name of 1 to {ACCOUNT_OCTETS_MAX} octets, such as "alice" or "alice@example.com"'
+        )
+    return written.lower()
 
 
 def backend_address(value: object) -> BackendAddress:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gatepost.auth.settings import AuthSettings
 from gatepost.backend.settings import BackendSettings
 from gatepost.facts import IPAddress
+from gatepost.policy.admission import SendAsRules
 from gatepost.policy.relay import RelayRules
 
 MIB = 1 << 20
@@ -129,6 +131,7 @@ class GateSettings:
         name: the host name in greeting, EHLO and trace field.
         data: directory for keys, embedded mailboxes and temporary files.
         own_addresses: addresses of this host's listeners that are not wildcards (for address literals and loops).
+        auth: who verifies a login; send_as: which accounts may send as whom.
     """
 
     name: str
@@ -141,3 +144,5 @@ class GateSettings:
     timeouts: Timeouts = Timeouts()
     tls: TlsSettings = TlsSettings()
     own_addresses: tuple[IPAddress, ...] = ()
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    send_as: SendAsRules = field(default_factory=SendAsRules)

@@ -8,6 +8,7 @@ Promise: nothing here waits on the event loop, takes a lock that another process
 from gatepost.telemetry.board import StatusBoard
 from gatepost.telemetry.log import (
     Level,
+    LoginRecord,
     RecipientRecord,
     SessionLog,
     SessionRecord,
@@ -39,6 +40,7 @@ __all__ = [
     "BACKEND_STATE",
     "LOG_DROPPED",
     "Level",
+    "LoginRecord",
     "MESSAGES",
     "MESSAGE_OCTETS",
     "REASONS",

@@ -52,12 +52,27 @@ class RecipientRecord(TypedDict):
     by: NotRequired[str]
 
 
+class LoginRecord(TypedDict):
+    """One AUTH, or one login to the mailbox server through our proxy, and what became of it.
+
+    verdict: "verified", "denied" or "unavailable".  account: as the client named it, or as the verifier did where it
+    said yes.  why: for the operator; a secret never stands there.
+    """
+
+    account: str
+    mechanism: str
+    verdict: str
+    why: NotRequired[str]
+    verifier: NotRequired[str]
+    device: NotRequired[str]
+
+
 class TransactionRecord(TypedDict):
     """One MAIL and what became of it.
 
     verdict: "accepted", "deferred" or "refused" by the final reply to content; "" where none was given.
     reply: that reply, or the one that refused MAIL.  reference, by: of a refusal at MAIL.  message: the id in the trace
-    field.
+    field.  would: what would have been refused, where the listener only logs it.
     """
 
     reverse_path: str
@@ -69,13 +84,16 @@ class TransactionRecord(TypedDict):
     reference: NotRequired[str]
     by: NotRequired[str]
     message: NotRequired[str]
+    would: NotRequired[str]
 
 
 class SessionRecord(TypedDict):
     """One session, as logged when it ends.
 
     time: RFC 3339, UTC, of the end; event: "session"; errors: commands refused as errors; end: "quit", "lost",
-    "timeout", "refused", ... in a word; reply: the one that ended or refused the whole session, "" where none did.
+    "timeout", "refused", ... in a word; reply: the one that ended or refused the whole session, "" where none did;
+    account: who logged in; certificate: SHA-256 of the client's; logins: the last of them, good and bad; real_client:
+    whose XCLIENT said who the client is; window: of a mailbox proxy, whether the login lets its client send.
     """
 
     time: str
@@ -90,6 +108,11 @@ class SessionRecord(TypedDict):
     errors: int
     end: str
     reply: NotRequired[str]
+    account: NotRequired[str]
+    certificate: NotRequired[str]
+    logins: NotRequired[list[LoginRecord]]
+    real_client: NotRequired[str]
+    window: NotRequired[str]
 
 
 @unique
@@ -418,7 +441,7 @@ def _outcome(transaction: TransactionRecord) -> str:
 
 def _why(record: SessionRecord, words: list[str], verdict: str) -> str:
     """The reason behind the verdict that the line shows, and how many of each there were."""
-    parts = []
+    parts = [_login_why(record)]
     for transaction, word in zip(record["transactions"], words, strict=True):
         if word == verdict:
             parts.append(_transaction_why(transaction, verdict))
@@ -427,11 +450,20 @@ def _why(record: SessionRecord, words: list[str], verdict: str) -> str:
         parts.append(record.get("reply", ""))
     if len(words) > 1:
         counts = {word: words.count(word) for word in ("accepted", "deferred", "refused") if word in words}
-        parts.insert(0, ", ".join(f"{count} {word}" for word, count in counts.items()))
+        parts.insert(1, ", ".join(f"{count} {word}" for word, count in counts.items()))
     end = _END_WORDS.get(record["end"], record["end"])
     if end and end != "refused":
         parts.append(end)
     return "; ".join(part for part in parts if part)
+
+
+def _login_why(record: SessionRecord) -> str:
+    """Who logged in, or who could not."""
+    account = record.get("account")
+    if account:
+        return account
+    logins = record.get("logins", [])
+    return f"login as {logins[-1]['account'] or 'nobody'} {logins[-1]['verdict']}" if logins else ""
 
 
 def _transaction_why(transaction: TransactionRecord, verdict: str) -> str:

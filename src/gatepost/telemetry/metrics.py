@@ -45,6 +45,9 @@ REASONS = (
     "denied",
     "expired_trust",
     "narrowed",
+    "mailbox_login",
+    "send_as",
+    "author",
     "tls_required",
     "rate",
     "auth_required",
@@ -52,11 +55,13 @@ REASONS = (
     "other_route",
     "no_route",
     "accepted",
+    "banned",
     "backend",
     "backend_down",
     "bare_newline",
     "busy",
     "content",
+    "credentials",
     "draining",
     "error",
     "errors",
@@ -68,10 +73,11 @@ REASONS = (
     "storage",
     "syntax",
     "timeout",
+    "unavailable",
     "unsupported",
     OTHER,
 )
-ROLES = ("mx", "submission", "inside")
+ROLES = ("mx", "submission", "inside", "pop3", "imap")
 VERDICTS = ("accepted", "deferred", "refused")
 
 
