@@ -1,0 +1,267 @@
+"""The store that the workers of one machine share: a file that all of them map (LMDB).
+
+Why: a record is read in about a microsecond and changed in about ten, by any process, with no server beside the gate.
+Trust: the directory is the gate's own.  A file may be damaged all the same: nothing is synced, so a power cut may tear
+    it.  The library maps the file and follows what stands there, so it is checked in full before it is opened, by
+    whoever opens it first, without the library's engine.
+Promise: at the start a file that cannot be used is a StorageError that says what to do; but one that was torn when the
+    whole system went down begins anew, and that is said.  When the store fails at run time, this process goes on in its
+    own memory, until it is started again, and that is said once: bans and counts of before are gone for it, so nobody
+    is locked out, and it bans again by what it sees itself, so a guesser is let in at most as often as there are
+    workers more.  A write takes away up to ``SWEEP_RECORDS`` of its kind that are over, and, where a kind has its
+    greatest number, the one that would be over next.  A process that is killed while it writes leaves nothing half
+    written, and no lock.
+    A store is opened once in a process, and no process forks after that.
+Sources: lmdb.h (MDB_NOSYNC, MDB_NOMETASYNC; robust mutexes), flock(2).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lmdb
+import lmdb.verify
+
+from gatepost.counters.store import RECORDS_MAX, SWEEP_RECORDS, Change, Item, MemoryStore, checked, holds
+from gatepost.errors import StorageError
+
+MAP_OCTETS_MAX = 256 << 20  # what the greatest numbers of all kinds need, and half as much again; a file with holes
+READERS_MAX = 512  # processes that read at the same time
+_ROOM_RECORDS = 256  # taken away at once where the file is full all the same
+
+_HEAD = struct.Struct(">dd")  # when a record was written, and when it is over
+_END = struct.Struct(">d")  # positive ones sort as octets
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def state_directory(data: str) -> Path:
+    """Where the store lies, below the gate's data directory."""
+    return Path(data) / "counters" / "state"
+
+
+class EmbeddedStore:
+    """One process's access to the file.
+
+    Args:
+        directory: made where it is missing.
+        said: takes one sentence for the log, when something went wrong and the gate goes on.
+        map_octets: what the file may grow to; the same in all processes.
+
+    Raises:
+        StorageError: the file cannot be used; its text says what to do.
+    """
+
+    def __init__(
+        self, directory: Path, said: Callable[[str], None] = lambda _: None, *, map_octets: int = MAP_OCTETS_MAX
+    ) -> None:
+        self._directory = directory
+        self._said = said
+        self._memory: MemoryStore | None = None
+        self._guard = -1
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._guard = os.open(directory / "guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            # Whoever uses the file holds the guard together with others; who gets it alone may look through the file.
+            if _alone(self._guard):
+                self._look_through()
+            fcntl.flock(self._guard, fcntl.LOCK_SH)
+            self._env = lmdb.open(
+                str(directory),
+                map_size=map_octets,
+                mode=0o600,
+                sync=False,
+                metasync=False,
+                max_readers=READERS_MAX,
+                max_dbs=2 * len(RECORDS_MAX),
+                max_spare_txns=1,
+            )
+            self._env.reader_check()  # one that was killed would keep old pages from being used again
+            with self._env.begin(write=True) as txn:
+                self._records = {kind: self._env.open_db(kind, txn=txn) for kind in RECORDS_MAX}
+                self._ends = {kind: self._env.open_db(kind + b".ends", txn=txn) for kind in RECORDS_MAX}
+        except (OSError, lmdb.Error) as error:
+            self._let_go_of_guard()
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise StorageError(
+                f"cannot use the shared counters in {directory}: {why}; see that it belongs to the gate's user, or "
+                f"{_mend(directory)}"
+            ) from error
+        except StorageError:
+            self._let_go_of_guard()
+            raise
+
+    def _look_through(self) -> None:
+        """Nobody else has the file: see that it is whole, and forget what dead processes left in the lock's file.
+
+        Raises:
+            StorageError: it is damaged, though the system has not gone down since.
+        """
+        data, boot = self._directory / "data.mdb", self._directory / "boot"
+        now_up = _BOOT_ID.read_text("ascii")
+        then_up = boot.read_text("utf-8", "replace") if boot.exists() else now_up
+        (self._directory / "lock.mdb").unlink(missing_ok=True)
+        if data.exists() and data.stat().st_size:
+            problem = _damage(data)
+            if problem and then_up == now_up:
+                raise StorageError(f"the shared counters {data} are damaged ({problem}); {_mend(self._directory)}")
+            if problem:
+                data.unlink()
+                self._said(
+                    f"the shared counters {data} were torn when this system went down ({problem}), and begin anew: "
+                    "bans and counts of before are forgotten"
+                )
+        boot.write_text(now_up, "ascii")
+        boot.chmod(0o600)
+
+    # ---- the primitives of Store
+
+    def read(self, keys: Sequence[bytes], now_s: float) -> list[bytes | None]:
+        if self._memory is not None:
+            return self._memory.read(keys, now_s)
+        try:
+            with self._env.begin() as txn:
+                return [_live(txn.get(key, db=self._records[key[:1]]), now_s) for key in keys]
+        except lmdb.Error as error:
+            return self._lost(error).read(keys, now_s)
+
+    def update(self, key: bytes, now_s: float, change: Change) -> None:
+        if self._memory is not None:
+            self._memory.update(key, now_s, change)
+            return
+        try:
+            try:
+                self._write(key, now_s, change)
+            except lmdb.MapFullError:
+                self._make_room()
+                self._write(key, now_s, change)
+        except lmdb.Error as error:
+            self._lost(error).update(key, now_s, change)
+
+    def remove(self, key: bytes, now_s: float) -> bool:
+        if self._memory is not None:
+            return self._memory.remove(key, now_s)
+        try:
+            with self._env.begin(write=True) as txn:
+                octets = txn.get(key, db=self._records[key[:1]])
+                if octets is not None:
+                    self._take(txn, key, octets)
+                return _live(octets, now_s) is not None
+        except lmdb.Error as error:
+            return self._lost(error).remove(key, now_s)
+
+    def items(self, kind: bytes, now_s: float, limit: int) -> list[Item]:
+        if self._memory is not None:
+            return self._memory.items(kind, now_s, limit)
+        found: list[Item] = []
+        try:
+            with self._env.begin() as txn, txn.cursor(self._records[kind]) as cursor:
+                for key, octets in cursor:
+                    if len(found) >= limit:
+                        break
+                    value = _live(octets, now_s)
+                    if value is not None:
+                        found.append(Item(key, value, _HEAD.unpack_from(octets)[1]))
+        except lmdb.Error as error:
+            return self._lost(error).items(kind, now_s, limit)
+        return found
+
+    def close(self) -> None:
+        self._env.close()
+        self._let_go_of_guard()
+
+    # ---- how
+
+    def _write(self, key: bytes, now_s: float, change: Change) -> None:
+        kind = key[:1]
+        records, ends = self._records[kind], self._ends[kind]
+        with self._env.begin(write=True) as txn:
+            old = txn.get(key, db=records)
+            made = change(_live(old, now_s))
+            if made is None:
+                return
+            value, until_s = checked(key, made[0]), now_s + made[1]
+            if old is not None:
+                self._take(txn, key, old)
+            self._sweep(txn, kind, now_s)
+            if txn.stat(records)["entries"] >= RECORDS_MAX[kind]:
+                self._take_first(txn, kind, 1)
+            txn.put(key, _HEAD.pack(now_s, until_s) + value, db=records)
+            txn.put(_END.pack(max(until_s, 0.0)) + key, b"", db=ends)
+
+    def _take(self, txn: lmdb.Transaction[bytes], key: bytes, octets: bytes) -> None:
+        """Remove a record of these octets, and its end."""
+        txn.delete(key, db=self._records[key[:1]])
+        txn.delete(_END.pack(max(_HEAD.unpack_from(octets)[1], 0.0)) + key, db=self._ends[key[:1]])
+
+    def _sweep(self, txn: lmdb.Transaction[bytes], kind: bytes, now_s: float) -> None:
+        """Remove a few that are over."""
+        now = _END.pack(max(now_s, 0.0))
+        with txn.cursor(self._ends[kind]) as cursor:
+            for _ in range(SWEEP_RECORDS):
+                if not cursor.first() or cursor.key()[: _END.size] > now:
+                    return
+                txn.delete(cursor.key()[_END.size :], db=self._records[kind])
+                cursor.delete()
+
+    def _take_first(self, txn: lmdb.Transaction[bytes], kind: bytes, count: int) -> None:
+        """Remove those that are over, or would be over next."""
+        with txn.cursor(self._ends[kind]) as cursor:
+            while count and cursor.first():
+                txn.delete(cursor.key()[_END.size :], db=self._records[kind])
+                cursor.delete()
+                count -= 1
+
+    def _make_room(self) -> None:
+        """The file is full, though no kind has its greatest number: the kind with most records loses some."""
+        self._env.reader_check()
+        with self._env.begin(write=True) as txn:
+            largest = max(RECORDS_MAX, key=lambda kind: txn.stat(self._records[kind])["entries"])
+            self._take_first(txn, largest, _ROOM_RECORDS)
+
+    def _lost(self, error: lmdb.Error) -> MemoryStore:
+        """The file failed: go on without it."""
+        self._memory = MemoryStore()
+        self.close()
+        self._said(
+            f"the shared counters in {self._directory} failed ({error}): bans and counts of before are forgotten, and "
+            "this process counts for itself until it is started again"
+        )
+        return self._memory
+
+    def _let_go_of_guard(self) -> None:
+        if self._guard >= 0:
+            os.close(self._guard)
+            self._guard = -1
+
+
+def _alone(guard: int) -> bool:
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _live(octets: bytes | None, now_s: float) -> bytes | None:
+    """The value in a record, where it holds."""
+    if octets is None or len(octets) < _HEAD.size:
+        return None
+    written_s, until_s = _HEAD.unpack_from(octets)
+    return octets[_HEAD.size :] if holds(written_s, until_s, now_s) else None
+
+
+def _damage(data: Path) -> str:
+    """What is wrong with the file, "" for nothing."""
+    try:
+        problems: list[str] = lmdb.verify.verify(str(data))  # type: ignore[no-untyped-call]
+    except lmdb.verify.VerifyError as error:
+        return str(error)
+    return problems[0] if problems else ""
+
+
+def _mend(directory: Path) -> str:
+    return f"stop the gate, `rm -r {directory}`, start it again: bans and counts of failed logins are forgotten by that"
