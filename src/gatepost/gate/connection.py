@@ -11,9 +11,11 @@ Sources: RFC 5321 §4.5.3.2 (timeouts), RFC 3207 §4 (TLS).
 from __future__ import annotations
 
 import asyncio
-import ssl
 from enum import Enum, unique
 from typing import TYPE_CHECKING, Protocol, cast
+
+from gatepost.gate.certificates import AskingTransport
+from gatepost.gate.tls import AskingContext, Secured, TlsContext, secured
 
 if TYPE_CHECKING:
     from gatepost.gate.server import Listener
@@ -226,19 +228,30 @@ class Connection(asyncio.Protocol):
             self._paused = True
             self.transport.pause_reading()
 
-    async def start_tls(self, context: ssl.SSLContext, timeout_s: float, early: bytes = b"") -> str:
-        """The TLS handshake as server.
+    async def start_tls(self, context: TlsContext | AskingContext, timeout_s: float, early: bytes = b"") -> Secured:
+        """The TLS handshake as server; the context says whether the client is asked for a certificate.
 
         Args:
             early: the beginning of the client's part, where the loop has read it already.
-
-        Returns:
-            The protocol version, such as "TLSv1.3".
 
         Raises:
             OSError: the handshake failed or took too long (ssl.SSLError and ConnectionError are OSErrors).
         """
         self._fresh = False
+        if isinstance(context, AskingContext):
+            asking = AskingTransport(self._loop, self.transport, self, context)
+            gained = await asking.handshake(timeout_s, early)
+            self.transport = asking
+            asking.resume_reading()
+        else:
+            self.transport = await self._start_loop_tls(context, timeout_s, early)
+            gained = secured(self.transport.get_extra_info("ssl_object"))
+        self._paused = False
+        self.since = self._loop.time()
+        return gained
+
+    async def _start_loop_tls(self, context: TlsContext, timeout_s: float, early: bytes) -> asyncio.Transport:
+        """The loop's own TLS, which asks for no certificate."""
         handshake = self._loop.create_task(
             self._loop.start_tls(self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s)
         )
@@ -251,10 +264,7 @@ class Connection(asyncio.Protocol):
             raise ConnectionAbortedError("TLS handshake took too long") from error
         if transport is None:
             raise ConnectionAbortedError("connection lost in the TLS handshake")
-        self.transport = transport
-        self._paused = False
-        self.since = self._loop.time()
-        return str(self.transport.get_extra_info("ssl_object").version())
+        return transport
 
     def close(self) -> bool:
         """Close after what was written is sent; False while the peer has not taken all of it."""
