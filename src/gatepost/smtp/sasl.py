@@ -127,6 +127,8 @@ def decode(line: bytes) -> bytes | Reply:
 
 def prepare_user(text: str) -> str | None:
     """The one spelling of a user name, or None for a name that is not taken; see the header for what is done."""
+    if len(text) > USER_OCTETS_MAX:
+        return None
     user = unicodedata.normalize("NFC", text)
     if not user.isprintable() or user.strip(" ") != user or unicodedata.normalize("NFKC", user) != user:
         return None
@@ -138,6 +140,8 @@ def prepare_secret(text: str) -> str | None:
 
     Source: RFC 8265 §4.2.2.
     """
+    if len(text) > SECRET_OCTETS_MAX:
+        return None
     secret = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
     secret = unicodedata.normalize("NFC", secret)
     if any(unicodedata.category(character) == "Cc" for character in secret):
