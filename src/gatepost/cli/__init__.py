@@ -31,6 +31,7 @@ COMMANDS = (
     ("init", "gatepost.cli.init:init"),
     ("check", "gatepost.cli.check:check"),
     ("explain", "gatepost.cli.explain:explain"),
+    ("ban", "gatepost.cli.ban:ban"),
     ("status", "gatepost.cli.running:status"),
     ("reload", "gatepost.cli.running:reload"),
     ("completion", "gatepost.cli.completion:completion"),

@@ -31,11 +31,15 @@ class Digests:
 
     Args:
         key: 32 octets.
+
+    Attributes:
+        mark_key: for marks of right secrets, which ``freshness`` keeps; it does not tell the key.
     """
 
     def __init__(self, key: bytes) -> None:
         self._names = hashlib.blake2b(key=key, digest_size=NAME_DIGEST_OCTETS, person=b"gatepost.name")
         self._secrets = hashlib.blake2b(key=key, digest_size=SECRET_DIGEST_OCTETS, person=b"gatepost.secret")
+        self.mark_key = hashlib.blake2b(key=key, digest_size=_KEY_OCTETS, person=b"gatepost.mark").digest()
 
     @classmethod
     def in_directory(cls, directory: Path) -> Digests:

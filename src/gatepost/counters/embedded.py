@@ -31,7 +31,8 @@ from gatepost.errors import StorageError
 
 MAP_OCTETS_MAX = 256 << 20  # what the greatest numbers of all kinds need, and half as much again; a file with holes
 READERS_MAX = 512  # processes that read at the same time
-_ROOM_RECORDS = 256  # taken away at once where the file is full all the same
+_BRIM = 0.75  # of the file's pages: beyond it each new record drives out _BRIM_RECORDS; a removal needs free pages, too
+_BRIM_RECORDS = 8
 
 _HEAD = struct.Struct(">dd")  # when a record was written, and when it is over
 _END = struct.Struct(">d")  # positive ones sort as octets
@@ -80,6 +81,7 @@ class EmbeddedStore:
                 max_spare_txns=1,
             )
             self._env.reader_check()  # one that was killed would keep old pages from being used again
+            self._brim_pages = _BRIM * map_octets / self._env.stat()["psize"]
             with self._env.begin(write=True) as txn:
                 self._records = {kind: self._env.open_db(kind, txn=txn) for kind in RECORDS_MAX}
                 self._ends = {kind: self._env.open_db(kind + b".ends", txn=txn) for kind in RECORDS_MAX}
@@ -135,8 +137,8 @@ class EmbeddedStore:
         try:
             try:
                 self._write(key, now_s, change)
-            except lmdb.MapFullError:
-                self._make_room()
+            except lmdb.MapFullError:  # somebody reads since long ago, so that old pages cannot be used again
+                self._env.reader_check()
                 self._write(key, now_s, change)
         except lmdb.Error as error:
             self._lost(error).update(key, now_s, change)
@@ -187,8 +189,8 @@ class EmbeddedStore:
             if old is not None:
                 self._take(txn, key, old)
             self._sweep(txn, kind, now_s)
-            if txn.stat(records)["entries"] >= RECORDS_MAX[kind]:
-                self._take_first(txn, kind, 1)
+            if old is None:
+                self._make_room(txn, kind)
             txn.put(key, _HEAD.pack(now_s, until_s) + value, db=records)
             txn.put(_END.pack(max(until_s, 0.0)) + key, b"", db=ends)
 
@@ -215,12 +217,14 @@ class EmbeddedStore:
                 cursor.delete()
                 count -= 1
 
-    def _make_room(self) -> None:
-        """The file is full, though no kind has its greatest number: the kind with most records loses some."""
-        self._env.reader_check()
-        with self._env.begin(write=True) as txn:
-            largest = max(RECORDS_MAX, key=lambda kind: txn.stat(self._records[kind])["entries"])
-            self._take_first(txn, largest, _ROOM_RECORDS)
+    def _make_room(self, txn: lmdb.Transaction[bytes], kind: bytes) -> None:
+        """A new record of this kind comes: keep below the greatest number, and away from the end of the file."""
+        if txn.stat(self._records[kind])["entries"] >= RECORDS_MAX[kind]:
+            self._take_first(txn, kind, 1)
+        if self._env.info()["last_pgno"] > self._brim_pages:  # the file never shrinks; is it as full as it is long?
+            used = {kind: _pages(txn, self._records[kind]) + _pages(txn, self._ends[kind]) for kind in RECORDS_MAX}
+            if sum(used.values()) > self._brim_pages:
+                self._take_first(txn, max(used, key=used.__getitem__), _BRIM_RECORDS)
 
     def _lost(self, error: lmdb.Error) -> MemoryStore:
         """The file failed: go on without it."""
@@ -244,6 +248,11 @@ def _alone(guard: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _pages(txn: lmdb.Transaction[bytes], database: lmdb._Database) -> int:
+    stat = txn.stat(database)
+    return stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
 
 
 def _live(octets: bytes | None, now_s: float) -> bytes | None:

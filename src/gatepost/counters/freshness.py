@@ -2,9 +2,9 @@
 
 Why: a worker believes a good login again for a while without asking the server that knows; when the user has changed
     the secret, and another worker has seen that, the old one is not to be believed any more.
-Trust: only secrets that a verifier said yes to come here.
-Promise: see ``digests`` for what is kept of a secret.  Where nothing is kept (it is over, or was lost), nothing is
-    known, and the verifier is asked.
+Trust: marks are made by whoever verified a secret, of secrets that were right.
+Promise: a mark is some octets of a digest under ``key``, which is of this directory alone; the secret is not seen here.
+    Where nothing is kept (it is over, or was lost), nothing is known, and the verifier is asked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FRESH_S = 86_400.0  # longer than any login is believed without asking
 
 
 class Freshness:
-    """What each user's secret was when it was last right, over all workers of the gate.
+    """The mark of each user's secret when it was last right, over all workers of the gate.
 
     Args:
         now: the clock, seconds since the epoch.
@@ -29,18 +29,18 @@ class Freshness:
         self._digests = digests
         self._now = now
 
+    @property
+    def key(self) -> bytes:
+        """What marks are made with, the same in all workers."""
+        return self._digests.mark_key
+
     def last_good(self, user: str) -> bytes | None:
-        """The digest of the secret that was last right, where one is known."""
-        return self._store.read((self._key(user),), self._now())[0]
+        """The mark of the secret that was last right; None where nobody knows."""
+        return self._store.read((self._key_of(user),), self._now())[0]
 
-    def set_last_good(self, user: str, secret: str) -> None:
-        """This secret was right just now."""
-        digest = self.digest(user, secret)
-        self._store.update(self._key(user), self._now(), lambda _: (digest, FRESH_S))
+    def set_last_good(self, user: str, mark: bytes) -> None:
+        """The secret of this mark was right just now."""
+        self._store.update(self._key_of(user), self._now(), lambda _: (mark, FRESH_S))
 
-    def digest(self, user: str, secret: str) -> bytes:
-        """What ``last_good`` gives where this was the secret: compare the two with ``hmac.compare_digest``."""
-        return self._digests.secret(user, secret)
-
-    def _key(self, user: str) -> bytes:
+    def _key_of(self, user: str) -> bytes:
         return LAST_GOOD + self._digests.name(user)

@@ -109,14 +109,12 @@ def checked(key: bytes, value: bytes) -> bytes:
 
 
 class MemoryStore:
-    """Records in the memory of this process: what is left when the shared file fails, and a store for tests.
+    """Records in the memory of this process: what is left when the shared file fails.
 
-    Args:
-        records_max: by kind; beyond it the record that was written longest ago goes.
+    Beyond the greatest number of a kind the record that was written longest ago goes.
     """
 
-    def __init__(self, records_max: dict[bytes, int] | None = None) -> None:
-        self._records_max = RECORDS_MAX if records_max is None else records_max
+    def __init__(self) -> None:
         self._kinds: dict[bytes, dict[bytes, tuple[bytes, float, float]]] = {kind: {} for kind in RECORDS_MAX}
 
     def read(self, keys: Sequence[bytes], now_s: float) -> list[bytes | None]:
@@ -135,7 +133,7 @@ class MemoryStore:
         records.pop(key, None)  # the order of the dictionary is that of writing
         for old in [old for old in islice(records, SWEEP_RECORDS) if not holds(*records[old][1:], now_s)]:
             del records[old]
-        while len(records) >= self._records_max[key[:1]]:
+        while len(records) >= RECORDS_MAX[key[:1]]:
             del records[next(iter(records))]
         records[key] = (value, now_s, now_s + ttl_s)
 
