@@ -110,6 +110,33 @@ def test_a_writer_that_is_killed_holds_nobody_up_and_breaks_nothing(directory, n
     store.close()
 
 
+HOLDER = f"""
+import sys
+from pathlib import Path
+from gatepost.counters import EmbeddedStore
+store = EmbeddedStore(Path(sys.argv[1]))
+
+def change(old):
+    print("inside", flush=True)
+    sys.stdin.readline()
+
+store.update(b"pa", {NOW}, change)
+"""
+
+
+def test_a_process_that_is_killed_inside_an_update_holds_nobody_up(directory):
+    store = EmbeddedStore(directory)
+    put(store, PAIR + b"a", b"v")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(directory)], stdin=PIPE, stdout=PIPE, text=True) as holder:
+        assert said(holder) == "inside"
+        assert store.read((PAIR + b"a",), NOW) == [b"v"], "who reads never waits"
+        holder.kill()
+        holder.wait()
+    put(store, PAIR + b"b", b"w")
+    assert store.read((PAIR + b"a", PAIR + b"b"), NOW) == [b"v", b"w"]
+    store.close()
+
+
 def test_what_is_kept_outlives_its_process(directory):
     store = EmbeddedStore(directory)
     put(store, BAN + b"a", b"v")
