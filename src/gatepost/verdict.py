@@ -46,7 +46,7 @@ class Reason(Enum):
     NARROWED = (550, "5.7.1", "Relaying is prohibited: not from or to this address")
     MAILBOX_LOGIN = (550, "5.7.1", "Relaying is prohibited: read your mail first, then send")
     SEND_AS = (550, "5.7.1", "Sending as this address is prohibited")
-    AUTHOR = (550, "5.7.1", "The From field of the message cannot be read, so that nobody can tell who it is from")
+    AUTHOR = (550, "5.7.1", "Nobody can tell whom the message is from")
     TLS_REQUIRED = (530, "5.7.10", "Relaying is prohibited without TLS of a newer version")
     RATE = (450, "4.7.1", "Too much mail in this hour, try again later")
     AUTH_REQUIRED = (530, "5.7.0", "Authentication required")

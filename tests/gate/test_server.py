@@ -13,7 +13,7 @@ from tests.gate.scripted_gate import EVERYTHING, PATIENCE_S, TRUSTED, Peer, Tria
 from gatepost.backend.settings import BackendSettings, SmtpAddress
 from gatepost.errors import ConfigError, StorageError
 from gatepost.gate.connection import Connection
-from gatepost.gate.settings import ListenSettings, Timeouts, TlsSettings
+from gatepost.gate.settings import CertificateFiles, ListenSettings, Timeouts, TlsSettings
 from gatepost.policy.relay import TrustEntry
 from gatepost.smtp.client import Capabilities
 from gatepost.telemetry import REPLIES, SESSIONS, SESSIONS_OPEN
@@ -321,7 +321,7 @@ async def test_settings_that_cannot_be_used_leave_the_old_ones_in_force(trial, t
         await trial.apply(data=str(tmp_path / "file" / "data"), backends=changed)
     listens = (ListenSettings("mx", (("127.0.0.1", 0),), tls="starttls"),)
     with pytest.raises(ConfigError):
-        await trial.apply(listens=listens, tls=TlsSettings("/nowhere/tls.pem", "/nowhere/tls.key"), backends=changed)
+        await trial.apply(listens=listens, tls=TlsSettings((CertificateFiles("/nowhere/tls.pem", "/nowhere/tls.key"),)), backends=changed)
     (tmp_path / "halfway" / "keys").mkdir(parents=True)
     (tmp_path / "halfway" / "keys" / "trace.key").write_bytes(bytes(64))
     (tmp_path / "halfway" / "tmp").write_text("not a directory")

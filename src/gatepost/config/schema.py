@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from gatepost.auth.settings import AuthSettings
 from gatepost.backend.settings import BackendAddress
 from gatepost.config import values
+from gatepost.counters.distinct import MEMBERS_MAX
+from gatepost.counters.guesses import GuessLimits
 from gatepost.gate.settings import Limits, Timeouts
 from gatepost.policy.relay import IPNetwork
 from gatepost.smtp.path import Pattern
@@ -25,6 +27,7 @@ from gatepost.smtp.reply import Reply
 LIMITS = Limits()
 TIMEOUTS = Timeouts()
 AUTH = AuthSettings()
+GUESSES = GuessLimits()
 PUBLIC_TRUST = 65536
 
 
@@ -399,6 +402,32 @@ class Auth(Table):
     )
 
 
+class GuessBounds(Table):
+    """How much guessing of passwords is borne, all workers together. Answers are slowed before anybody is banned."""
+
+    secrets_per_user: int = Field(
+        GUESSES.secrets_per_user,
+        ge=1,
+        le=MEMBERS_MAX,
+        description="Different wrong passwords for one account from one network (IPv4 /24, IPv6 /64) before that "
+        "network is banned from that account. The same wrong password again and again counts once.",
+    )
+    users_per_client: int = Field(
+        GUESSES.users_per_client,
+        ge=1,
+        le=MEMBERS_MAX,
+        description="Different accounts tried with wrong passwords from one network before the client is banned. One "
+        "with a good login in the last seven days is not, nor is a listed proxy or the gate's own address.",
+    )
+    window: Annotated[Duration, Field(ge=60, le=86400)] = Field(
+        GUESSES.window_s, description="How long an attempt counts."
+    )
+    ban: Annotated[Duration, Field(ge=60, le=31 * 86400)] = Field(GUESSES.ban_s, description="How long a ban lasts.")
+    bait_ban: Annotated[Duration, Field(ge=60, le=31 * 86400)] = Field(
+        GUESSES.bait_ban_s, description="How long one lasts after the use of a bait account."
+    )
+
+
 class LoginServer(Table):
     """A login to the server itself, so that its accounts stay where they are."""
 
@@ -548,6 +577,7 @@ SECTIONS: dict[str, type[Table]] = {
 
 SUBTABLES: dict[str, dict[str, type[Table]]] = {
     "auth": {
+        "guesses": GuessBounds,
         "pop3": LoginServer,
         "imap": LoginServer,
         "smtp": LoginServer,

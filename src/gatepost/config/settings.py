@@ -25,6 +25,7 @@ from gatepost.config import exposure, schema
 from gatepost.config.document import Document
 from gatepost.config.places import Path as Place
 from gatepost.config.values import ANY_IPV4, address_text, domain, login_form
+from gatepost.counters.guesses import GuessLimits
 from gatepost.facts import IPAddress, client_address
 from gatepost.gate.settings import (
     CertificateFiles,
@@ -88,6 +89,7 @@ def build(document: Document, now: float) -> GateSettings:
         tls=_tls(document),
         own_addresses=_own_addresses(listens),
         auth=auth,
+        guesses=_guesses(document),
         send_as=_send_as(document, rules, now),
     )
 
@@ -271,7 +273,7 @@ def _auth(document: Document, data: str) -> AuthSettings:
             document.problem(
                 ("auth", "verify", number), f"there is no [auth.{name}]; write it, and its address below it", value=name
             )
-    for part in schema.SUBTABLES["auth"]:
+    for part in schema.SUBTABLES["auth"].keys() - {"guesses"}:
         if document.written_part("auth", part) and part not in verify:
             document.warning(("auth", part), f'nobody is asked here: "{part}" is not in [auth] verify')
     return AuthSettings(
@@ -381,6 +383,19 @@ def _oauth(document: Document) -> OauthIssuer | None:
         user_claim=table.user_claim,
         scope=table.scope,
         timeout_s=table.timeout,
+    )
+
+
+def _guesses(document: Document) -> GuessLimits:
+    table = cast("schema.GuessBounds | None", document.tables.get("auth.guesses"))
+    if table is None:
+        return GuessLimits()
+    return GuessLimits(
+        secrets_per_user=table.secrets_per_user,
+        users_per_client=table.users_per_client,
+        window_s=table.window,
+        ban_s=table.ban,
+        bait_ban_s=table.bait_ban,
     )
 
 

@@ -13,23 +13,39 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import ssl
+import time
 import traceback
 from collections.abc import Coroutine
-from ipaddress import ip_network
+from datetime import UTC, datetime
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Any
 
+from gatepost.auth.authenticator import Authenticator
+from gatepost.auth.settings import AuthSettings
 from gatepost.backend import Backend, make_backend
 from gatepost.backend.content import Memory
-from gatepost.counters import HourlyCounts
+from gatepost.counters import (
+    Ban,
+    Bans,
+    Digests,
+    EmbeddedStore,
+    Freshness,
+    Guesses,
+    HourlyCounts,
+    MailboxWindows,
+    Store,
+    state_directory,
+)
 from gatepost.errors import StorageError
-from gatepost.facts import Client, IPAddress, Transaction, client_address
+from gatepost.facts import Client, IPAddress, MailboxLogin, Transaction, client_address
 from gatepost.facts import Session as SessionFacts
 from gatepost.gate.connection import Connection, Ended
+from gatepost.gate.logins import Guard, Logins
+from gatepost.gate.mailbox_proxy import MailboxSession, turned_away
 from gatepost.gate.session import Session
 from gatepost.gate.settings import GateSettings, Limits, ListenSettings
-from gatepost.gate.tls import server_context
+from gatepost.gate.tls import AskingContext, Tls, TlsContext
 from gatepost.gate.trace import Dates, TraceKey
 from gatepost.policy import relay
 from gatepost.policy.relay import NetworkTable
@@ -52,7 +68,7 @@ from gatepost.telemetry import (
     Occupancy,
     SessionLog,
 )
-from gatepost.telemetry.metrics import STATE_DOWN, STATE_UP
+from gatepost.telemetry.metrics import ROLES, STATE_DOWN, STATE_UP
 from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
 
 REFERENCE_OCTETS = 5
@@ -62,15 +78,33 @@ PROBE_SWEEPS = 5  # a backend that is down is asked again so often
 BUSY_SHARE = 0.8  # of the sessions allowed: beyond it silence is tolerated for a shorter time
 EHLO_SIZE_ROOM_OCTETS = 2048  # our trace field must fit below the backend's own SIZE limit
 
-_ORDER = ("PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING", "DSN", "ENHANCEDSTATUSCODES", "STARTTLS", "HELP")
+_ORDER = (
+    "PIPELINING",
+    "SIZE",
+    "8BITMIME",
+    "SMTPUTF8",
+    "CHUNKING",
+    "DSN",
+    "ENHANCEDSTATUSCODES",
+    "STARTTLS",
+    "AUTH",
+    "XCLIENT",
+    "HELP",
+)
+# What a listed front end may say of its client.  LOGIN is not among it: whoever logs in does so here.
+_XCLIENT = "XCLIENT NAME ADDR PORT PROTO HELO"
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: a reference can be read out over the telephone
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 
-_TOO_MANY_SESSIONS = Reply(421, "Too many sessions, try again later", "4.3.2").octets()
-_TOO_MANY_FROM_CLIENT = Reply(421, "Too many sessions from your address, try again later", "4.7.0").octets()
-_NO_PROXY = Reply(421, "The PROXY header is missing or wrong; closing", "4.3.0").octets()
-_DRAINING = Reply(421, "This server is going down, try again later", "4.3.2").octets()
+_TOO_MANY_SESSIONS = Reply(421, "Too many sessions, try again later", "4.3.2")
+_TOO_MANY_FROM_CLIENT = Reply(421, "Too many sessions from your address, try again later", "4.7.0")
+# A 4yz: whose address was somebody else's yesterday comes again when the ban is over, and no mail is lost.
+_BANNED = Reply(421, "Your address is banned here for a while, for guessing passwords or by the administrator", "4.7.0")
+_NO_PROXY = Reply(421, "The PROXY header is missing or wrong; closing", "4.3.0")
+_DRAINING = Reply(421, "This server is going down, try again later", "4.3.2")
+
+AnySession = Session | MailboxSession
 
 
 class _Preamble:
@@ -97,23 +131,53 @@ class _Preamble:
 
 
 class Listener:
-    """One [[listen]] table in service: its sockets and what its sessions need."""
+    """One [[listen]] table in service: its sockets and what its sessions need.
 
-    def __init__(self, server: Server, settings: ListenSettings, tls: ssl.SSLContext | None) -> None:
+    Attributes:
+        tls: None where the listener speaks no TLS.
+        proxies: who must send a PROXY header; fronts: who may say XCLIENT, None where nobody may.
+    """
+
+    def __init__(self, server: Server, settings: ListenSettings, tls: Tls | None) -> None:
         self.server = server
         self.settings: ListenSettings
-        self.tls: ssl.SSLContext | None
+        self.tls: Tls | None
         self.proxies: NetworkTable[bool]
+        self.fronts: NetworkTable[bool] | None
         self.configure(settings, tls)
         self._servers: dict[object, asyncio.Server] = {}
 
-    def configure(self, settings: ListenSettings, tls: ssl.SSLContext | None) -> None:
+    def configure(self, settings: ListenSettings, tls: Tls | None) -> None:
         """Take new settings; running sessions see them at their next command."""
         self.settings = settings
         self.tls = tls
         self.proxies = NetworkTable()
         for text in settings.proxy_from:
             self.proxies.add(ip_network(text), True)
+        self.fronts = NetworkTable() if settings.xclient_from else None
+        for text in settings.xclient_from:
+            assert self.fronts is not None
+            self.fronts.add(ip_network(text), True)
+
+    def takes_logins(self, *, tls: bool) -> bool:
+        """Whether AUTH is offered to a client that speaks TLS, or does not.  RFC 4954 §4."""
+        settings = self.settings
+        return settings.auth != "off" and (tls or settings.auth_without_tls)
+
+    def tls_context(self, facts: SessionFacts) -> TlsContext | AskingContext | None:
+        """The context for this client: a named old device may speak what nobody else may."""
+        if self.tls is None:
+            return None
+        minimum = self.settings.tls_minimum
+        if self.server.some_old_tls:
+            now = time.time()  # noqa: TID251 - the gate is where the clock enters
+            for entry in relay.grants(self.server.settings.rules, facts):
+                named = entry.network is not None or entry.host
+                if named and entry.tls_minimum and entry.tls_minimum < minimum and not relay.expired(entry, now):
+                    minimum = entry.tls_minimum
+        if self.server.asks_for_certificates and self.settings.server is None:
+            return self.tls.asking(minimum)
+        return self.tls.context(minimum)
 
     async def open(self, sockets: list[socket.socket]) -> None:
         """Accept on these bound sockets, and on no other; one that is in service already stays so."""
@@ -168,7 +232,7 @@ class Listener:
                 why = outcome.text if isinstance(outcome, ProxyDefect) else "it does not say who the client is"
             text = f"{proxy.address} is in proxy_from of {self.settings.name}, its PROXY header is refused: {why}"
             self.server.log.event("proxy", text, Level.WARNING)
-            connection.send(_NO_PROXY)
+            connection.send(self._turned_away(_NO_PROXY))
             connection.close()
             return
         client = proxy if outcome.address is None else Client(outcome.address, outcome.port)
@@ -179,14 +243,23 @@ class Listener:
         server = self.server
         refusal = server.admit(client.address)
         if refusal is not None:
-            connection.transport.write(refusal)
+            connection.transport.write(self._turned_away(refusal))
             connection.close()
             return
-        session = Session(server, self, connection, client)
+        session: AnySession
+        if self.settings.server is None:
+            session = Session(server, self, connection, client)
+        else:
+            session = MailboxSession(server, self, connection, client)
         if self.settings.tls == "implicit":
             connection.keep(octets)  # a ClientHello may be there before the session's first step
         server.begun(session)
         connection.task = server.spawn(session.run(octets))
+
+    def _turned_away(self, refusal: Reply) -> bytes:
+        """The refusal of a whole session, in the words of the listener's protocol."""
+        role = self.settings.role
+        return refusal.octets() if self.settings.server is None else turned_away(role, refusal.text)
 
 
 class Rates:
@@ -258,8 +331,8 @@ class Counts:
         self._messages = {verdict: metrics.cell(MESSAGES, verdict) for verdict in ("accepted", "deferred", "refused")}
         self._octets = metrics.cell(MESSAGE_OCTETS)
         self._backends: dict[str, int] = {}
-        self._sessions = {role: metrics.cell(SESSIONS, role) for role in ("mx", "submission", "inside")}
-        self._open = {role: metrics.cell(SESSIONS_OPEN, role) for role in ("mx", "submission", "inside")}
+        self._sessions = {role: metrics.cell(SESSIONS, role) for role in ROLES}
+        self._open = {role: metrics.cell(SESSIONS_OPEN, role) for role in ROLES}
 
     def reply(self, stage: str, reason: str) -> None:
         """A reply was given."""
@@ -310,20 +383,28 @@ class Server:
         self.log = log
         self.occupancy = occupancy
         self.dates = Dates()
-        self.sessions: set[Session] = set()
+        self.sessions: set[AnySession] = set()
         self.settings: GateSettings
         self.backends: dict[str, Backend] = {}
         self.greeting = self.goodbye = Reply(421, "starting")
         self.memory: Memory
         self.content_limits: list[ContentLimits] = []
         self.some_normalise = False
+        self.some_old_tls = False
+        self.asks_for_certificates = False
         self.rates: Rates
         self.trace_key: TraceKey
+        self.logins: Logins
         self.draining = False
+        self._store: Store | None = None
+        self._digests: Digests
+        self._bans: Bans
+        self._windows: MailboxWindows | None = None
+        self._authenticator: tuple[AuthSettings, Authenticator] | None = None
         self._counts: HourlyCounts | None = None
         self._hosts: HostFollower | None = None
         self._listeners: dict[str, Listener] = {}
-        self._hello_replies: dict[tuple[str, bool], tuple[Reply, frozenset[str]]] = {}
+        self._hello_replies: dict[tuple[str, bool, tuple[str, ...], bool], tuple[Reply, frozenset[str]]] = {}
         self._hello_capabilities: list[Capabilities | None] = []
         self._probing: set[str] = set()
         self._lingering: dict[Connection, float] = {}
@@ -344,10 +425,10 @@ class Server:
         Raises:
             ConfigError, StorageError: something in the settings cannot be used; the old ones are still in force.
         """
-        tls: ssl.SSLContext | None = None
-        if any(listen.tls != "none" for listen in settings.listens):
-            tls = server_context(settings.tls, settings.name, settings.data)
+        tls = self._tls(settings)
         trace_key = TraceKey.in_data(settings.data)
+        self._open_store(settings.data)
+        authenticator = self._authenticator_for(settings.auth)
         if self._counts is None:
             self._counts = HourlyCounts(Path(settings.data) / "counters" / "hourly", self.worker, self.workers)
         # All that can fail comes first: settings are taken whole or not at all.
@@ -359,6 +440,7 @@ class Server:
         self.memory = Memory(settings.limits.memory_octets, settings.limits.message_memory_octets, temporary)
         self.content_limits = [_content_limits(settings.limits, normalise=normalise) for normalise in (False, True)]
         self.some_normalise = any(entry.bare_newlines == "normalise" for entry in settings.rules.trust)
+        self._take_logins(settings, authenticator)
         self.greeting = Reply(220, f"{settings.name} ESMTP Gatepost")
         self.goodbye = Reply(221, f"{settings.name} closing", "2.0.0")
         self._hello_replies.clear()
@@ -371,6 +453,65 @@ class Server:
                 self.spawn(self._probe(backend))
         if self._sweeper is None:
             self._sweep()
+
+    def _tls(self, settings: GateSettings) -> Tls | None:
+        """Every context that this configuration can need, so that a bad certificate is found before it is in force."""
+        minimums = {listen.tls_minimum for listen in settings.listens if listen.tls != "none"}
+        if not minimums:
+            return None
+        tls = Tls(settings.tls, settings.name, settings.data)
+        minimums |= {entry.tls_minimum for entry in settings.rules.trust if entry.tls_minimum}
+        asks = any(entry.certificate for entry in settings.rules.trust)
+        for minimum in minimums:
+            tls.asking(minimum) if asks else tls.context(minimum)
+        for warning in tls.warnings(datetime.now(UTC)) if self.worker == 0 else ():
+            self.log.event("certificate", warning, Level.WARNING)
+        return tls
+
+    def _open_store(self, data: str) -> None:
+        """What all workers remember together; opened once in the life of a process."""
+        if self._store is None:
+            self._store = EmbeddedStore(
+                state_directory(data), lambda text: self.log.event("counters", text, Level.WARNING)
+            )
+            self._digests = Digests.in_directory(state_directory(data))
+
+    def _authenticator_for(self, auth: AuthSettings) -> Authenticator:
+        """Where [auth] did not change, its connections and what was verified a moment ago are kept."""
+        if self._authenticator is not None and self._authenticator[0] == auth:
+            return self._authenticator[1]
+        assert self._store is not None
+        return Authenticator(auth, freshness=Freshness(self._store, self._digests, self.now_s))
+
+    def _take_logins(self, settings: GateSettings, authenticator: Authenticator) -> None:
+        """Who verifies logins from here on, who is never banned, and what grants ask of the TLS handshake."""
+        assert self._store is not None
+        rules = settings.rules
+        lowest = min((listen.tls_minimum for listen in settings.listens), default="1.2")
+        self.some_old_tls = any(entry.tls_minimum and entry.tls_minimum < lowest for entry in rules.trust) or any(
+            listen.tls_minimum != lowest for listen in settings.listens
+        )
+        self.asks_for_certificates = any(entry.certificate for entry in rules.trust)
+        never: NetworkTable[bool] = NetworkTable()
+        for listen in settings.listens:
+            for text in (*listen.proxy_from, *listen.xclient_from):
+                never.add(ip_network(text), True)
+        for address in (IPv4Address("127.0.0.1"), IPv6Address("::1"), *settings.own_addresses):
+            never.add(ip_network(address), True)
+        self._bans = Bans(self._store, self._digests, spared=lambda client: bool(never.matching(client)))
+        guesses = Guesses(self._store, self._digests, self._bans, settings.guesses)
+        replaced, self._authenticator = self._authenticator, (settings.auth, authenticator)
+        if replaced is not None and replaced[1] is not authenticator:
+            self.spawn(replaced[1].close())
+        self.logins = Logins(authenticator, Guard(guesses, self._banned), self.now_s)
+        self._windows = (
+            MailboxWindows(self._store, self._digests) if any(entry.pop3_s for entry in rules.trust) else None
+        )
+
+    def _banned(self, ban: Ban) -> None:
+        whom = f"{ban.network} with the account {ban.account}" if ban.account else str(ban.network)
+        until = datetime.fromtimestamp(ban.until_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        self.log.event("ban", f"{whom} is banned until {until}: {ban.why}", Level.WARNING)
 
     async def _backends_for(self, settings: GateSettings) -> dict[str, Backend]:
         """The backends of these settings; one whose table did not change keeps its connections."""
@@ -402,9 +543,7 @@ class Server:
             self._hosts = HostFollower(trusted, denied=denied)
             await self._hosts.start()
 
-    async def _listen(
-        self, settings: GateSettings, tls: ssl.SSLContext | None, sockets: dict[str, list[socket.socket]]
-    ) -> None:
+    async def _listen(self, settings: GateSettings, tls: Tls | None, sockets: dict[str, list[socket.socket]]) -> None:
         for name in [name for name in self._listeners if name not in sockets]:
             self._listeners.pop(name).close()
         for listen in settings.listens:
@@ -427,6 +566,8 @@ class Server:
             await self._idle.wait()
         for backend in self.backends.values():
             await backend.close()
+        if self._authenticator is not None:
+            await self._authenticator[1].close()
         if self._hosts is not None:
             await self._hosts.close()
         if self._sweeper is not None:
@@ -449,8 +590,8 @@ class Server:
 
     # ---- sessions
 
-    def admit(self, address: IPAddress) -> bytes | None:
-        """Count a session in; the octets of a 421 where there are too many, and then it is not counted."""
+    def admit(self, address: IPAddress) -> Reply | None:
+        """Count a session in; the 421 where its client is banned or there are too many, and then it is not counted."""
         limits = self.settings.limits
         if self.draining:
             return _DRAINING
@@ -469,17 +610,28 @@ class Server:
             occupancy.leave(address)
             self.metrics.reply("connect", "busy")
             return _TOO_MANY_SESSIONS
+        if self._bans.client(address, self.now_s()) is not None:
+            occupancy.leave(address)
+            self.metrics.reply("connect", "banned")
+            return _BANNED
         return None
 
-    def begun(self, session: Session) -> None:
+    def recount(self, counted: IPAddress, address: IPAddress) -> Reply | None:
+        """The client of a session that was counted turns out to be another one; as ``admit``."""
+        refusal = self.admit(address)
+        if refusal is None:
+            self.occupancy.leave(counted)
+        return refusal
+
+    def begun(self, session: AnySession) -> None:
         """A session starts."""
         self.sessions.add(session)
         self.metrics.begun(session.facts.role)
 
-    def ended(self, session: Session) -> None:
+    def ended(self, session: AnySession) -> None:
         """A session is over: its one line, and room for another."""
         self.sessions.discard(session)
-        self.occupancy.leave(session.facts.client.address)
+        self.occupancy.leave(session.counted if isinstance(session, Session) else session.facts.client.address)
         self.metrics.ended(session.facts.role)
         self.log.session(session.record())
         if self.draining:
@@ -502,6 +654,24 @@ class Server:
     def _backend_said(self, text: str, *, up: bool) -> None:
         self.log.event("backend", text, Level.NOTE if up else Level.WARNING)
 
+    def now_s(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()  # noqa: TID251 - the gate is where the clock enters
+
+    @property
+    def guesses(self) -> Guard:
+        """Guesses of passwords, whatever the protocol."""
+        return self.logins.guard
+
+    def mailbox_login(self, address: IPAddress) -> MailboxLogin | None:
+        """The last login from this address to the mailbox server behind us, where some grant asks for it."""
+        return self._windows.last(address, self.now_s()) if self._windows is not None else None
+
+    def login_opened(self, account: str, client: IPAddress, accounts_max: int, now_s: float) -> bool:
+        """The mailbox server said yes; False where the address is shared by more accounts than that."""
+        assert self._store is not None
+        return MailboxWindows(self._store, self._digests, accounts_max).logged_in(account, client, now_s)
+
     def hosts_of(self, address: IPAddress) -> tuple[str, ...]:
         """The trusted or denied host names that this address has now."""
         return self._hosts.names(address) if self._hosts is not None else ()
@@ -516,19 +686,26 @@ class Server:
 
     # ---- EHLO: only what every backend can carry is offered
 
-    def hello_reply(self, listener: Listener, *, esmtp: bool, tls: bool) -> tuple[Reply, frozenset[str]]:
-        """The reply to EHLO or HELO and the keywords in force after it.  RFC 5321 §4.1.1.1."""
+    def hello_reply(
+        self, listener: Listener, *, esmtp: bool, tls: bool, mechanisms: tuple[str, ...], front: bool
+    ) -> tuple[Reply, frozenset[str]]:
+        """The reply to EHLO or HELO and the keywords in force after it.  RFC 5321 §4.1.1.1.
+
+        Args:
+            mechanisms: of AUTH, as far as this client may use it now; front: it may say XCLIENT.
+        """
         capabilities = [backend.capabilities for backend in self.backends.values()]
         if capabilities != self._hello_capabilities:
             self._hello_replies.clear()
             self._hello_capabilities = capabilities
         starttls = listener.tls is not None and not tls
-        found = self._hello_replies.get((listener.settings.name, starttls))
+        which = (listener.settings.name, starttls, mechanisms, front)
+        found = self._hello_replies.get(which)
         if found is None:
-            found = self._hello_replies[listener.settings.name, starttls] = self._offer(starttls=starttls)
+            found = self._hello_replies[which] = self._offer(starttls=starttls, mechanisms=mechanisms, front=front)
         return found if esmtp else (Reply(250, self.settings.name), found[1])
 
-    def _offer(self, *, starttls: bool) -> tuple[Reply, frozenset[str]]:
+    def _offer(self, *, starttls: bool, mechanisms: tuple[str, ...], front: bool) -> tuple[Reply, frozenset[str]]:
         known = [c for c in (backend.capabilities for backend in self.backends.values()) if c is not None]
         keywords = {"PIPELINING", "SIZE", "ENHANCEDSTATUSCODES", "CHUNKING", "HELP"}
         if len(known) == len(self.backends):
@@ -539,11 +716,15 @@ class Server:
                 keywords.discard("SMTPUTF8")
         if starttls:
             keywords.add("STARTTLS")
+        if mechanisms:
+            keywords.add("AUTH")
+        if front:
+            keywords.add("XCLIENT")
         sizes = [c.size_octets - EHLO_SIZE_ROOM_OCTETS for c in known if c.size_octets]
         own = self.settings.limits.message_size_octets
         size = min([*([own] if own else []), *(max(size, 1) for size in sizes)], default=0)
-        lines = [self.settings.name]
-        lines += [f"SIZE {size}" if keyword == "SIZE" else keyword for keyword in _ORDER if keyword in keywords]
+        said = {"SIZE": f"SIZE {size}", "AUTH": f"AUTH {' '.join(mechanisms)}", "XCLIENT": _XCLIENT}
+        lines = [self.settings.name, *(said.get(keyword, keyword) for keyword in _ORDER if keyword in keywords)]
         return Reply(250, "\n".join(lines)), frozenset(keywords)
 
     # ---- timeouts
@@ -560,7 +741,9 @@ class Server:
             connection = session.connection
             if not connection.waiting:
                 continue
-            if connection.in_content:
+            if isinstance(session, MailboxSession):
+                late = now - connection.since > session.patience_s(command_s)
+            elif connection.in_content:
                 late = now - connection.since > block_s or now - connection.content_since > timeouts.content_total_s
             else:
                 late = now - connection.since > command_s

@@ -5,14 +5,15 @@ Why: whoever wants to know what happens at RCPT finds it in ``rcpt``.  Each meth
 Trust: events come from the engine, parsed and bounded; their text is the client's all the same.
 Promise: 250 for content is written on one line of this file, after the backend's own 250.  Every other way out of
     ``content_ended`` is a refusal.  A recipient reaches the backend only inside an Admit of ``relay.decide``.
-Sources: RFC 5321 §3 (the dialogue), §4.1.1 (commands), §4.2.5 (replies after DATA), §4.5.3.2 (timeouts).
+Sources: RFC 5321 §3 (the dialogue), §4.1.1 (commands), §4.2.5 (replies after DATA), §4.5.3.2 (timeouts);
+    RFC 3207 §4 (STARTTLS), RFC 4954 (AUTH), RFC 6409 §6.1 (who may send as whom); XCLIENT as Postfix has it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from gatepost.backend.content import Content
@@ -22,21 +23,35 @@ from gatepost.facts import Session as SessionFacts
 from gatepost.facts import Transaction as TransactionFacts
 from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.trace import trace_field, trace_head
-from gatepost.policy import relay
-from gatepost.smtp.command import Auth, Data, Expn, Hello, Help, Mail, Noop, Quit, Rcpt, Rset, StartTls, Vrfy
+from gatepost.policy import admission, relay
+from gatepost.smtp import sasl
+from gatepost.smtp.command import Auth, Data, Expn, Hello, Help, Mail, Noop, Quit, Rcpt, Rset, StartTls, Vrfy, Xclient
+from gatepost.smtp.header import HeaderDefect, author_addresses
 from gatepost.smtp.reply import Reply
-from gatepost.smtp.server import NEED_DATA, ChunkEnded, ContentChunk, ContentEnded, Refused, ServerEngine, State
-from gatepost.telemetry import RecipientRecord, SessionRecord, TransactionRecord, rfc3339
+from gatepost.smtp.server import (
+    NEED_DATA,
+    AuthResponse,
+    ChunkEnded,
+    ContentChunk,
+    ContentEnded,
+    Refused,
+    ServerEngine,
+    State,
+)
+from gatepost.telemetry import LoginRecord, RecipientRecord, SessionRecord, TransactionRecord, rfc3339
 from gatepost.verdict import Admit, Defer, Reason, Refuse
 
 if TYPE_CHECKING:
     from gatepost.backend import Backend, Delivery
+    from gatepost.gate.logins import Exchange, LoginEnd
     from gatepost.gate.server import Listener, Server
+    from gatepost.gate.tls import Secured
 
 OTHER = "other"
 TOKEN_S = 60  # a session's trace token tells the time to the minute
 RECIPIENTS_LOGGED = 200  # of one transaction
 TRANSACTIONS_LOGGED = 100  # in one line; a longer session gets several lines
+LOGINS_LOGGED = 10  # the last of a session
 REPLIES_UNSENT = 100  # replies are collected while the client pipelines, but no more than so many
 
 _OK = Reply(250, "OK", "2.0.0")
@@ -51,6 +66,10 @@ _READY_FOR_TLS = Reply(220, "Go ahead", "2.0.0")
 _NO_TLS = Reply(502, "TLS is not offered on this connection", "5.5.1")
 _TLS_IS_ON = Reply(503, "TLS is on already", "5.5.1")
 _NO_AUTH = Reply(502, "AUTH is not offered on this connection", "5.5.1")
+_NO_MECHANISM = Reply(504, "This mechanism is not offered here", "5.5.4")  # RFC 4954 §4
+_AUTHENTICATED = Reply(503, "You are authenticated already", "5.5.1")  # RFC 4954 §4
+_NO_CLIENT = Reply(550, "XCLIENT must say who the client is; closing", "5.7.1")
+_NO_XCLIENT = Reply(502, "XCLIENT is not offered on this connection", "5.5.1")
 _NO_LMTP = Reply(500, "This is SMTP: say EHLO", "5.5.1")
 _UNSYNCHRONISED = Reply(554, "Commands were sent without waiting for the reply (RFC 2920 3.1); closing", "5.5.0")
 _TOO_LARGE = Reply(552, "The message is larger than this server takes", "5.3.4")
@@ -72,20 +91,25 @@ class Session:
         "_delivery",
         "_end",
         "_errors",
+        "_exchange",
+        "_front",
         "_head",
         "_head_of",
         "_head_utf8",
+        "_logins",
         "_mail",
         "_message_number",
         "_refusals",
         "_sealed_at",
         "_sealed_for",
+        "_secured",
         "_started",
         "_storage_failed",
         "_token",
         "_transaction_record",
         "_transactions",
         "connection",
+        "counted",
         "engine",
         "facts",
         "listener",
@@ -97,15 +121,12 @@ class Session:
         self.server = server
         self.listener = listener
         self.connection = connection
-        settings = listener.settings
-        self.facts = SessionFacts(
-            reference=server.new_reference(),
-            client=client,
-            listen=settings.name,
-            role=settings.role,
-            hosts=server.hosts_of(client.address),
-            auth_required=settings.auth == "required",
-        )
+        self.counted = client.address  # as whom the server counted this session
+        self.facts = self._facts_of(client, server.new_reference())
+        self._front: Client | None = None  # a listed front end, once it said by XCLIENT who its client is
+        self._secured: Secured | None = None
+        self._exchange: tuple[str, Exchange] | None = None
+        self._logins: list[LoginRecord] = []
         self.transaction: TransactionFacts | None = None
         self.engine = self._new_engine()
         self._started = time.time()  # noqa: TID251 - the gate is where the clock enters
@@ -128,6 +149,19 @@ class Session:
         self._head_of: SessionFacts | None = None
         self._head_utf8 = False
         self._head = ""
+
+    def _facts_of(self, client: Client, reference: str) -> SessionFacts:
+        """What is known of a client before it said anything."""
+        server, settings = self.server, self.listener.settings
+        return SessionFacts(
+            reference=reference,
+            client=client,
+            listen=settings.name,
+            role=settings.role,
+            hosts=server.hosts_of(client.address),
+            auth_required=settings.auth == "required",
+            mailbox_login=server.mailbox_login(client.address),
+        )
 
     def _new_engine(self) -> ServerEngine:
         """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
@@ -211,6 +245,8 @@ class Session:
                 continue
             moved = True
             kind = type(event)
+            if self._exchange is not None and kind is not AuthResponse:  # the engine refused a response
+                self._exchange = None
             if kind is ContentChunk:
                 self.content_chunk(event.octets)  # type: ignore[union-attr]
                 continue
@@ -230,6 +266,8 @@ class Session:
                 self._count_error()
             if kind is StartTls and engine.state is State.TLS:
                 await self._begin_tls()
+            elif kind is Xclient and engine.state is State.XCLIENT:
+                self._begin_anew()
 
     def _hang_up(self) -> None:
         """No more octets will come: say why, where the client can still hear it.  RFC 5321 §3.8, §4.5.3.2."""
@@ -272,8 +310,53 @@ class Session:
         self._forget_transaction()
         esmtp = command.verb == "EHLO"
         self.facts = self.facts._replace(hello=command.name, esmtp=esmtp)
-        reply, self.engine.offered = self.server.hello_reply(self.listener, esmtp=esmtp, tls=bool(self.facts.tls))
+        tls = bool(self.facts.tls)
+        mechanisms = self.server.logins.mechanisms(self._bindings) if self.listener.takes_logins(tls=tls) else ()
+        reply, self.engine.offered = self.server.hello_reply(
+            self.listener, esmtp=esmtp, tls=tls, mechanisms=mechanisms, front=self._is_front
+        )
         return reply
+
+    @property
+    def _bindings(self) -> Mapping[str, bytes]:
+        """What ties a SCRAM login to this very TLS connection."""
+        return self._secured.bindings if self._secured is not None else {}
+
+    @property
+    def _is_front(self) -> bool:
+        """Whether this end may say by XCLIENT who its client is: by its own address, whatever it said before."""
+        fronts = self.listener.fronts
+        return fronts is not None and bool(fronts.matching((self._front or self.facts.client).address))
+
+    def xclient(self, command: Xclient) -> Reply:
+        """A listed front end says who its client is; all that was known before is forgotten."""
+        if not self._is_front:
+            return _NO_XCLIENT
+        if self.engine.unread_octets:  # commands behind it would be the front end's, not the client's
+            self._close("octets behind XCLIENT")
+            return _UNSYNCHRONISED
+        if "ADDR" in command.unavailable:
+            # A client whose address is lost must not inherit what the front end itself may do.
+            self._close("XCLIENT without an address")
+            return _NO_CLIENT
+        self._forget_transaction()
+        front, here = self._front or self.facts.client, self.facts.client
+        client = Client(command.address or here.address, here.port if command.port is None else command.port)
+        refusal = self.server.recount(self.counted, client.address)
+        if refusal is not None:
+            self._close("too many sessions")
+            return refusal
+        self.counted, self._front = client.address, front
+        self._sealed_at = 0  # the token names another client from here on
+        # LOGIN is read and not believed: an identity is made from what was verified here, and from nothing else.
+        facts = self._facts_of(client, self.facts.reference)
+        self.facts = facts._replace(hello=command.hello or "", tls=self.facts.tls)
+        return self.server.greeting
+
+    def _begin_anew(self) -> None:
+        """Behind the 220 that answers XCLIENT: the client is greeted, and says EHLO."""
+        self.connection.send(self.engine.data_to_send())
+        self.engine = self._new_engine()
 
     def starttls(self, _: StartTls) -> Reply:
         """TLS from here on; all that was said before is forgotten.  RFC 3207 §4."""
@@ -300,20 +383,67 @@ class Session:
         Args:
             early: of implicit TLS, where no octet is anything but TLS; behind STARTTLS there is none (RFC 3207 §4).
         """
-        context = self.listener.tls
+        context = self.listener.tls_context(self.facts)
         assert context is not None
         try:
-            version = await self.connection.start_tls(context, self.server.settings.timeouts.tls_handshake_s, early)
+            secured = await self.connection.start_tls(context, self.server.settings.timeouts.tls_handshake_s, early)
         except OSError as error:
             self.server.metrics.reply("tls", "error")
             self._close(f"TLS handshake failed: {error}")
             self.connection.abort()
             return
-        self.facts = self.facts._replace(tls=version)
+        self.facts = self.facts._replace(tls=secured.version, certificate=secured.certificate)
+        self._secured = secured
 
-    def auth(self, _: Auth) -> Reply:
-        """AUTH: nothing verifies a login here yet, so none is taken.  RFC 4954 §4."""
-        return _NO_AUTH
+    async def auth(self, command: Auth) -> Reply:
+        """AUTH: who is it?  RFC 4954 §4."""
+        if not self.listener.takes_logins(tls=bool(self.facts.tls)):
+            return _NO_AUTH
+        if self.facts.identity is not None:
+            return _AUTHENTICATED
+        exchange = self.server.logins.exchange(command.mechanism, self.facts.client.address, self._bindings)
+        if exchange is None:
+            return _NO_MECHANISM
+        self._exchange = (command.mechanism, exchange)
+        initial = command.initial
+        response = None if initial is None else sasl.decode(initial)
+        return await self._authenticate(response)
+
+    async def auth_response(self, event: AuthResponse) -> Reply:
+        """The client's answer to a challenge.  RFC 4954 §4."""
+        assert self._exchange is not None
+        return await self._authenticate(sasl.decode(event.octets))
+
+    async def _authenticate(self, response: bytes | Reply | None) -> Reply:
+        """One step of the exchange: a challenge, a refusal, or the end of the login."""
+        assert self._exchange is not None
+        mechanism, exchange = self._exchange
+        if isinstance(response, Reply):  # cancelled, or not base64
+            self._exchange = None
+            self.server.metrics.reply("auth", "syntax")
+            return response
+        outcome = await exchange.step(response)
+        if isinstance(outcome, sasl.Challenge):
+            return outcome.reply
+        self._exchange = None
+        if isinstance(outcome, Reply):
+            self.server.metrics.reply("auth", "syntax")
+            return outcome
+        return self._logged_in(mechanism, outcome)
+
+    def _logged_in(self, mechanism: str, login: LoginEnd) -> Reply:
+        """A login has ended, one way or the other."""
+        record: LoginRecord = {"account": login.account, "mechanism": mechanism, "verdict": login.verdict}
+        if login.why:
+            record["why"] = login.why
+        if login.identity is not None:
+            record["verifier"] = login.identity.verifier
+            if login.identity.device:
+                record["device"] = login.identity.device
+            self.facts = self.facts._replace(identity=login.identity)
+        self._logins = [*self._logins[1 - LOGINS_LOGGED :], record]
+        self.server.metrics.reply("auth", login.reason)
+        return login.reply
 
     def mail(self, command: Mail) -> Reply:
         """A reverse-path opens a transaction.  It confers no right.  RFC 5321 §3.3, §4.1.1.2."""
@@ -335,8 +465,13 @@ class Session:
             "reply": "",
         }
         refusal = relay.denied(settings.rules, transaction)
-        if refusal is None and self.facts.auth_required and self.facts.identity is None:
+        identity = self.facts.identity
+        if refusal is None and identity is None and self.facts.auth_required:
             refusal = Refuse(Reason.AUTH_REQUIRED)
+        if refusal is None and identity is not None:
+            refusal = self._send_as(
+                record, admission.send_as(settings.send_as, identity, command.reverse_path, transaction.now)
+            )
         if refusal is not None:
             self._transactions.append(record)
             reply = self._refuse("mail", refusal, record)
@@ -371,7 +506,7 @@ class Session:
         record["by"] = recipient.authority.where
         if self._delivery is None or self._backend is None:
             self._backend = server.backends[recipient.backend]
-            self._delivery = self._backend.begin(mail.reverse_path, mail.parameters, self.facts.client)
+            self._delivery = self._backend.begin(mail.reverse_path, mail.parameters, self.facts)
         elif self._backend.name != recipient.backend:
             # Two backends may answer differently and one reply cannot say so: RFC 5321 §4.5.3.1.10 lets us split.
             return self._refuse("rcpt", Defer(Reason.OTHER_ROUTE), record)
@@ -425,6 +560,15 @@ class Session:
         if self._storage_failed:
             return self._finish(_NO_SPACE, "storage")
         content.eight_bit, content.dotted = ended.eight_bit, ended.dotted
+        if self.facts.identity is not None and self.listener.settings.send_as != "off":
+            try:
+                refusal = self._send_as(record, self._author(content, self.facts.identity))
+            except StorageError as error:
+                server.storage_failed(error)
+                return self._finish(_NO_SPACE, "storage")
+            if refusal is not None:
+                reply = self._refuse("content", refusal, record)
+                return self._finish(reply, refusal.reason.name.lower())
         self._message_number += 1
         message = f"{self.facts.reference}.{self._message_number}"
         record["message"] = message
@@ -441,6 +585,28 @@ class Session:
         server.metrics.delivered(backend.name, server.loop.time() - began)
         # The one line where content is answered with 250: the reply is the backend's own.
         return self._finish(reply, "accepted" if reply.positive else "backend")
+
+    def _author(self, content: Content, identity: Identity) -> Refuse | None:
+        """Whether the account may not be the author that readers of this message will see.
+
+        Raises:
+            StorageError: the content cannot be read back.
+        """
+        author = author_addresses(content.header_section())
+        if isinstance(author, HeaderDefect):
+            return Refuse(Reason.AUTHOR, detail=author.value, hint=author.value)
+        now = time.time()  # noqa: TID251
+        return admission.author(self.server.settings.send_as, identity, author, now)
+
+    def _send_as(self, record: TransactionRecord, refusal: Refuse | None) -> Refuse | None:
+        """The refusal of an account that sends as another, as far as this listener is to act on it."""
+        what = self.listener.settings.send_as
+        if refusal is None or what == "off":
+            return None
+        if what == "enforce":
+            return refusal
+        record["would"] = f"{refusal.reason.name.lower()}: {refusal.detail}"
+        return None
 
     def _trace_head(self, *, utf8: bool) -> str:
         if self._head_of is not self.facts or self._head_utf8 is not utf8:
@@ -483,10 +649,12 @@ class Session:
         return self.server.goodbye
 
     def _look_again(self) -> None:
-        """What a session knew when it began may have changed: which names the client's address has."""
-        hosts = self.server.hosts_of(self.facts.client.address)
-        if hosts != self.facts.hosts:
-            self.facts = self.facts._replace(hosts=hosts)
+        """What a session knew when it began may have changed: the names of the client's address, a login from there."""
+        facts = self.facts
+        hosts = self.server.hosts_of(facts.client.address)
+        login = self.server.mailbox_login(facts.client.address)
+        if hosts != facts.hosts or login != facts.mailbox_login:
+            self.facts = facts._replace(hosts=hosts, mailbox_login=login)
 
     # ---- answers
 
@@ -499,8 +667,9 @@ class Session:
         if verdict.where:
             record["by"] = verdict.where
         self.server.metrics.reply(stage, record["reason"])
-        own = verdict.reply if isinstance(verdict, Refuse) else None
-        return self._answered(record, own or verdict.reason.reply(reference))
+        if isinstance(verdict, Refuse):
+            return self._answered(record, verdict.reply or verdict.reason.reply(reference, verdict.hint))
+        return self._answered(record, verdict.reason.reply(reference))
 
     @staticmethod
     def _answered(record: RecipientRecord | TransactionRecord, reply: Reply) -> Reply:
@@ -547,7 +716,7 @@ class Session:
         """The session's one log line."""
         facts = self.facts
         now = time.time()  # noqa: TID251
-        return {
+        record: SessionRecord = {
             "time": rfc3339(now),
             "event": "session",
             "reference": facts.reference,
@@ -560,6 +729,15 @@ class Session:
             "errors": self._errors,
             "end": self._end,
         }
+        if facts.identity is not None:
+            record["account"] = facts.identity.account
+        if facts.certificate:
+            record["certificate"] = facts.certificate
+        if self._logins:
+            record["logins"] = self._logins
+        if self._front is not None:
+            record["real_client"] = str(self._front.address)
+        return record
 
 
 # Those that wait for a backend are coroutines.
@@ -569,7 +747,9 @@ _ANSWERS: Final[dict[type, _Answer]] = cast(
     {
         Hello: Session.hello,
         StartTls: Session.starttls,
+        Xclient: Session.xclient,
         Auth: Session.auth,
+        AuthResponse: Session.auth_response,
         Mail: Session.mail,
         Rcpt: Session.rcpt,
         Data: Session.data,

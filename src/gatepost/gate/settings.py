@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from gatepost.auth.settings import AuthSettings
 from gatepost.backend.settings import BackendSettings
+from gatepost.counters.guesses import GuessLimits
 from gatepost.facts import IPAddress
 from gatepost.policy.admission import SendAsRules
 from gatepost.policy.relay import RelayRules
@@ -131,7 +132,7 @@ class GateSettings:
         name: the host name in greeting, EHLO and trace field.
         data: directory for keys, embedded mailboxes and temporary files.
         own_addresses: addresses of this host's listeners that are not wildcards (for address literals and loops).
-        auth: who verifies a login; send_as: which accounts may send as whom.
+        auth: who verifies a login; guesses: how much guessing is borne; send_as: which accounts may send as whom.
     """
 
     name: str
@@ -145,4 +146,5 @@ class GateSettings:
     tls: TlsSettings = TlsSettings()
     own_addresses: tuple[IPAddress, ...] = ()
     auth: AuthSettings = field(default_factory=AuthSettings)
+    guesses: GuessLimits = field(default_factory=GuessLimits)
     send_as: SendAsRules = field(default_factory=SendAsRules)
