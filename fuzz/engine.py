@@ -33,7 +33,8 @@ def judge_one(octets: bytes) -> None:
     if len(octets) < 2:
         return
     how, where = octets[0], octets[1]
-    judge(octets[2:OCTETS_MAX], [where, 3 * where, 17 * where], normalise=bool(how & 1), trusted=bool(how & 2))
+    cuts = [where, 3 * where, 17 * where]
+    judge(octets[2:OCTETS_MAX], cuts, normalise=bool(how & 1), trusted=bool(how & 2), login=bool(how & 4))
 
 
 def seeds() -> list[bytes]:
@@ -48,7 +49,12 @@ def seeds() -> list[bytes]:
             if step.kind in ("C:", "C>")
         ]
         said.append(b"".join(lines))
-    return [bytes([0, 7]) + octets for octets in said] + [bytes([1, 2]) + octets for octets in FRAGMENTS]
+    exchanges = [b"EHLO x\r\n" + octets for octets in FRAGMENTS if octets.upper().startswith((b"AUTH", b"XCLIENT"))]
+    return [
+        *(bytes([0, 7]) + octets for octets in said),
+        *(bytes([1, 2]) + octets for octets in FRAGMENTS),
+        *(bytes([4, 9]) + octets for octets in exchanges),
+    ]
 
 
 def damage(octets: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:

@@ -5,6 +5,7 @@
 3. What is kept between two reads is bounded, whatever came.
 4. Replies are well-formed lines; what goes on has one reading: no bare CR, bare LF or NUL, no end of content inside.
 5. A stranger's recipient that goes on is local, and reads as the same address when it is parsed again.
+6. The same logins however the octets were split; what is said in an exchange is heard nowhere else.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import NamedTuple
 from tests.dialogues.engine import LOCAL, EnginePeer
 from tests.vectors.readings import ALL_RULES, domain_of, every_reading
 
-from gatepost.smtp.command import COMMAND_OCTETS_MAX
+from gatepost.smtp.command import AUTH_OCTETS_MAX, COMMAND_OCTETS_MAX, XCLIENT_ATTRIBUTES, Auth, Xclient
 from gatepost.smtp.content import BdatReceiver, ContentLimits, Defect, stuff
 from gatepost.smtp.path import PathDefect, parse_forward_path
-from gatepost.smtp.server import State
+from gatepost.smtp.reply import Reply
+from gatepost.smtp.sasl import Challenge, Exchange, Password, Token, decode, exchange
+from gatepost.smtp.server import AuthResponse, State
 
 # Small enough that fuzzing meets every one of them.
 LIMITS = ContentLimits(message_size_octets=3000, content_line_octets=120, header_section_octets=1000, received_fields=3)
@@ -30,6 +33,46 @@ _RECIPIENT = re.compile(rb"RCPT TO:(<(?:[^\">]|\"(?:[^\"\\]|\\.)*\")*>)", re.DOT
 _REFUSED = frozenset(defect.reply.octets() for defect in Defect)
 
 
+class LoginPeer(EnginePeer):
+    """A gate that offers AUTH and XCLIENT: "wrong" is a wrong secret, and a client without an address is refused."""
+
+    logins: tuple[Password | Token, ...] = ()
+    _exchange: Exchange | None = None
+
+    def _keywords(self) -> list[str]:
+        return [
+            *super()._keywords(),
+            "AUTH PLAIN LOGIN XOAUTH2 OAUTHBEARER",
+            " ".join(("XCLIENT", *XCLIENT_ATTRIBUTES)),
+        ]
+
+    def _answer(self, event: object) -> Reply:
+        match event:
+            case Auth(mechanism, initial):
+                self._exchange = exchange(mechanism)
+                if self._exchange is None:
+                    return Reply(504, "Unknown mechanism", "5.5.4")
+                return self._step(initial)
+            case AuthResponse(octets):
+                return self._step(octets)
+            case Xclient(_, address):
+                return Reply(550, "Without an address", "5.7.1") if address is None else Reply(220, "mx.example.com")
+        return super()._answer(event)
+
+    def _step(self, line: bytes | None) -> Reply:
+        assert self._exchange is not None
+        response = None if line is None else decode(line)
+        if isinstance(response, Reply):
+            return response
+        step = self._exchange.step(response)
+        if isinstance(step, Password | Token):
+            if (step.secret if isinstance(step, Password) else step.token) != "wrong":
+                self.logins += (step,)
+                return Reply(235, "Welcome", "2.7.0")
+            step = self._exchange.denied() or Reply(535, "Wrong", "5.7.8")
+        return step.reply if isinstance(step, Challenge) else step
+
+
 class Result(NamedTuple):
     """What came of some octets: what the client hears and what the backend would get."""
 
@@ -37,14 +80,21 @@ class Result(NamedTuple):
     heard: tuple[bytes, ...]
     messages: tuple[bytes, ...]
     tallies: tuple[tuple[int, bool, bool], ...]
+    logins: tuple[Password | Token, ...]
     state: State
 
 
 def run(
-    pieces: Iterable[bytes], *, normalise: bool = False, trusted: bool = False, limits: ContentLimits = LIMITS
+    pieces: Iterable[bytes],
+    *,
+    normalise: bool = False,
+    trusted: bool = False,
+    login: bool = False,
+    limits: ContentLimits = LIMITS,
 ) -> Result:
     """Feed the engine piece by piece; after each piece what it keeps is measured."""
-    peer = EnginePeer(trusted=trusted, tls=True, normalise=normalise, limits=limits)
+    kind = LoginPeer if login else EnginePeer
+    peer = kind(trusted=trusted, tls=True, normalise=normalise, limits=limits)
     output = peer.receive()
     for piece in pieces:
         peer.send(piece)
@@ -59,6 +109,7 @@ def run(
         tuple(peer.heard()),
         tuple(peer.messages()),
         tuple((end.size_octets, end.eight_bit, end.dotted) for end in peer.ended if end.defect is None),
+        peer.logins if isinstance(peer, LoginPeer) else (),
         peer.engine.state,
     )
 
@@ -66,7 +117,8 @@ def run(
 def _judge_memory(peer: EnginePeer, limits: ContentLimits) -> None:
     engine = peer.engine
     line = limits.content_line_octets
-    assert engine.unread_octets <= max(COMMAND_OCTETS_MAX, line) + 2, f"{engine.unread_octets} octets kept"
+    command = AUTH_OCTETS_MAX if isinstance(peer, LoginPeer) else COMMAND_OCTETS_MAX
+    assert engine.unread_octets <= max(command, line) + 2, f"{engine.unread_octets} octets kept"
     receiver = engine._receiver
     if isinstance(receiver, BdatReceiver):
         assert len(receiver._line) <= line + 1, f"{len(receiver._line)} octets of a line kept"
@@ -83,18 +135,22 @@ def _split_replies(output: bytes) -> list[bytes]:
     return replies
 
 
-def judge(octets: bytes, cuts: Iterable[int], *, normalise: bool = False, trusted: bool = False) -> Result:
+def judge(
+    octets: bytes, cuts: Iterable[int], *, normalise: bool = False, trusted: bool = False, login: bool = False
+) -> Result:
     """Hold the engine to its promises on these octets; AssertionError names the one that is broken.
 
     Args:
         cuts: places at which the octets are split for the second run.
     """
-    whole = run([octets], normalise=normalise, trusted=trusted)
+    whole = run([octets], normalise=normalise, trusted=trusted, login=login)
     places = [0, *sorted({cut % (len(octets) + 1) for cut in cuts}), len(octets)]
     split = [octets[a:b] for a, b in pairwise(places) if a < b]
-    assert run(split, normalise=normalise, trusted=trusted) == whole, f"another result when split at {places}"
+    assert run(split, normalise=normalise, trusted=trusted, login=login) == whole, (
+        f"another result when split at {places}"
+    )
     single = [octets[at : at + 1] for at in range(len(octets))]
-    assert run(single, normalise=normalise, trusted=trusted) == whole, "another result octet by octet"
+    assert run(single, normalise=normalise, trusted=trusted, login=login) == whole, "another result octet by octet"
     for message, (size, eight_bit, dotted) in zip(whole.messages, whole.tallies, strict=True):
         assert not _BARE.search(message), f"content with a bare CR, LF or NUL: {message[:200]!r}"
         assert size <= LIMITS.message_size_octets
@@ -104,6 +160,7 @@ def judge(octets: bytes, cuts: Iterable[int], *, normalise: bool = False, truste
         assert b"\r\n.\r\n" not in b"\r\n" + stuff(message), "an end of content inside the content"
     for command in whole.heard:
         assert not re.search(rb"[\r\n\0]", command), f"a command of two lines: {command!r}"
+        assert command.startswith((b"MAIL ", b"RCPT ", b"DATA")), f"not for a backend: {command!r}"
         match = _RECIPIENT.match(command)
         if match and not trusted:
             _judge_recipient(match[1])

@@ -9,6 +9,8 @@ from tests.properties.engine_judge import LIMITS, judge, run
 from tests.vectors.player import Play, Target, load_cases
 
 from gatepost.smtp.content import ContentLimits
+from gatepost.smtp.sasl import Password, Token
+from gatepost.smtp.server import State
 
 TARGET = Target("127.0.0.1", 25, frozenset({"example.com"}))
 
@@ -40,6 +42,19 @@ FRAGMENTS = [
     b"RSET\r\n",
     b"STARTTLS\r\n",
     b"AUTH PLAIN AGEAYg==\r\n",
+    b"AUTH PLAIN AGEAd3Jvbmc=\r\n",
+    b"AUTH PLAIN\r\n",
+    b"auth login\r\n",
+    b"AUTH LOGIN YQ==\r\n",
+    b"AUTH XOAUTH2 dXNlcj1hAWF1dGg9QmVhcmVyIHdyb25nAQE=\r\n",
+    b"AUTH OAUTHBEARER bixhPWEsAWF1dGg9QmVhcmVyIHgBAQ==\r\n",
+    b"AGEAYg==\r\n",
+    b"YQ==\r\n",
+    b"*\r\n",
+    b"\r\n",
+    b"AUTH PLAIN " + b"A" * 2500,
+    b"XCLIENT ADDR=192.0.2.1 LOGIN=a\r\n",
+    b"XCLIENT NAME=[UNAVAILABLE] ADDR=[UNAVAILABLE]\r\n",
     b"BDAT 10\r\n",
     b"BDAT 3 LAST\r\n",
     b"BDAT 0 LAST\r\n",
@@ -62,19 +77,20 @@ FRAGMENTS = [
     b"GET / HTTP/1.1\r\n",
 ]
 fragments = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.binary(max_size=20)), max_size=30).map(b"".join)
-openings = st.sampled_from([b"", HELLO, HELLO + MAIL + RCPT, HELLO + MAIL + RCPT + b"DATA\r\n"])
+openings = st.sampled_from(
+    [b"", HELLO, HELLO + MAIL + RCPT, HELLO + MAIL + RCPT + b"DATA\r\n", HELLO + b"AUTH LOGIN\r\n"]
+)
 cuts = st.lists(st.integers(0, 5000), max_size=12)
-modes = st.fixed_dictionaries({"normalise": st.booleans(), "trusted": st.booleans()})
+modes = st.fixed_dictionaries({"normalise": st.booleans(), "trusted": st.booleans(), "login": st.booleans()})
 
 quickly = settings(suppress_health_check=[HealthCheck.too_slow])  # how many examples: the profile says (conftest.py)
 
 
 @quickly
 @given(openings, fragments, cuts, modes)
-@example(HELLO + MAIL + RCPT, b"DATA\r\n.\r\nBDAT 3 LAST\r\na\nbNOOP\r\n", [9], {"normalise": True, "trusted": False})
-@example(
-    HELLO, MAIL + RCPT + b"BDAT 3\r\na\r\nBDAT 1\r\nbBDAT 1 LAST\r\n.", [1], {"normalise": False, "trusted": False}
-)
+@example(HELLO + MAIL + RCPT, b"DATA\r\n.\r\nBDAT 3 LAST\r\na\nbNOOP\r\n", [9], {"normalise": True})
+@example(HELLO, MAIL + RCPT + b"BDAT 3\r\na\r\nBDAT 1\r\nbBDAT 1 LAST\r\n.", [1], {})
+@example(HELLO, b"AUTH LOGIN\r\nYQ==\r\n" + b"A" * 13000 + b"\r\nMAIL FROM:<>\r\n", [5000, 9000], {"login": True})
 def test_whatever_comes_in_whatever_pieces(opening, octets, places, mode):
     judge(opening + octets, places, **mode)
 
@@ -115,6 +131,7 @@ def test_published_attacks_sent_blindly(name):
     octets = ATTACKS[name]
     judge(octets, [len(octets) // 2, 7, 1])
     judge(octets, [len(octets) // 3], normalise=True)
+    judge(octets, [len(octets) // 2], login=True)
 
 
 @quickly
@@ -124,7 +141,7 @@ def test_published_attacks_damaged(name, data):
     for _ in range(data.draw(st.integers(1, 5))):
         at = data.draw(st.integers(0, len(octets)))
         octets[at : at + data.draw(st.integers(0, 3))] = data.draw(st.sampled_from([*FRAGMENTS, b""]))
-    judge(bytes(octets), [len(octets) // 2])
+    judge(bytes(octets), [len(octets) // 2], login=data.draw(st.booleans()))
 
 
 large_content = st.lists(
@@ -159,3 +176,13 @@ def test_the_cases_are_seeds_too():
     assert len(ATTACKS) > 350
     result = judge(HELLO + MAIL + RCPT + b"DATA\r\nSubject: x\r\n\r\n..\r\n.\r\n", [])
     assert result.messages == (b"Subject: x\r\n\r\n.\r\n",)
+
+
+def test_the_fragments_do_log_in_and_do_lead_to_another_client():
+    """Nor are the exchanges."""
+    octets = HELLO + b"AUTH LOGIN\r\nYQ==\r\nYg==\r\nAUTH XOAUTH2 dXNlcj1hAWF1dGg9QmVhcmVyIHdyb25nAQE=\r\n\r\n"
+    result = judge(octets + b"AUTH OAUTHBEARER bixhPWEsAWF1dGg9QmVhcmVyIHgBAQ==\r\n", [3], login=True)
+    assert result.logins == (Password("a", "b"), Token("a", "x"))
+    assert [reply[:3] for reply in result.replies[2:]] == [b"334", b"334", b"235", b"334", b"535", b"235"]
+    for attribute, state in ((b"192.0.2.1", State.XCLIENT), (b"[UNAVAILABLE]", State.READY)):
+        assert judge(HELLO + b"XCLIENT ADDR=" + attribute + b"\r\nNOOP\r\n", [], login=True).state is state

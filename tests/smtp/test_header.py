@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import email
+import email.errors
 import email.header
 import email.policy
 import email.utils
@@ -300,11 +302,15 @@ def other_readings(section: bytes) -> set[str]:
     """The addresses that readers of the standard library show as authors."""
     found: set[str] = set()
     for policy in (email.policy.compat32, email.policy.default, email.policy.SMTPUTF8):
-        message = email.message_from_bytes(section, policy=policy)
-        for value in message.get_all("From", []):
-            found |= {address for _, address in email.utils.getaddresses([str(value)])}
-            found |= {one.addr_spec for one in getattr(value, "addresses", ())}
-    return {address for address in found if "@" in address.strip("@")}
+        # One that crashes shows nothing.
+        with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError, email.errors.MessageError):
+            message = email.message_from_bytes(section, policy=policy)
+            for value in message.get_all("From", []):
+                found |= {address for _, address in email.utils.getaddresses([str(value)])}
+                found |= {one.addr_spec for one in getattr(value, "addresses", ())}
+    # Octets that a reader did not take for UTF-8 came in as surrogates; one that shows none of them shows no address.
+    found = {address.encode("utf-8", "surrogateescape").decode() for address in found}
+    return {address for address in found if "@" in address.strip("@") and "\ufffd" not in address}
 
 
 @quickly

@@ -32,7 +32,7 @@ from gatepost.smtp.path import (
 )
 from gatepost.smtp.preamble import unmapped
 from gatepost.smtp.reply import Reply
-from gatepost.smtp.sasl import prepare_user
+from gatepost.smtp.sasl import BASE64, prepare_user
 
 # RFC 5321 §4.5.3.1.4 gives 512 octets with CRLF; each extension adds to it: SIZE 26, 8BITMIME 17, SMTPUTF8 10,
 # AUTH 500, DSN 100 for MAIL and 500 for RCPT.  One bound above their sum serves all commands.
@@ -496,10 +496,7 @@ _VERBS: Final[dict[bytes, Callable[[bytes, frozenset[str], bool], Command | Repl
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 _BDAT = re.compile(rb"([0-9]{1,%d})(?: +([Ll][Aa][Ss][Tt]))? *" % BDAT_DIGITS_MAX)  # RFC 3030 §2
-_AUTH = re.compile(
-    rb"([A-Za-z0-9_-]{1,%d})(?: +(=|(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?))? *"
-    % MECHANISM_OCTETS_MAX
-)
+_AUTH = re.compile(rb"([A-Za-z0-9_-]{1,%d})(?: +(=|%b))? *" % (MECHANISM_OCTETS_MAX, BASE64))
 _PRINTABLE = re.compile(rb"[\x20-\x7e]*")
 
 

@@ -50,6 +50,7 @@ _RUN = re.compile(rf"(?:[{_ATOM}@]|(?<=@)\[[^\]\s]{{0,64}}\])+")
 _ENCODED_WORD = re.compile(r"=\?([^?*]{1,40})(?:\*[^?]{0,40})?\?([BbQq])\?([^?]*)\?=")  # RFC 2047 §2, RFC 2231 §5
 _BETWEEN_ENCODED_WORDS = re.compile(r"(?<=\?=)[ \t]+(?==\?)")  # RFC 2047 §6.2: not shown
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]*")
 _Q_PAIR = re.compile(rb"=([0-9A-Fa-f]{2})")
 _CHARSETS: Final = {
     **{f"iso-8859-{part}": f"iso8859-{part}" for part in (*range(1, 12), *range(13, 17))},
@@ -250,6 +251,13 @@ def _looking_like_addresses(text: str) -> Iterator[str]:
                 yield f"{local_part}@{domain}"
 
 
+def _base64(encoded: bytes) -> bytes:
+    """Base64 without its padding, which is often missing; ValueError where readers would each make their own of it."""
+    if _BASE64.fullmatch(encoded) is None:
+        raise ValueError("not base64")
+    return binascii.a2b_base64(encoded + b"=" * (-len(encoded) % 4))
+
+
 def _decoded(match: re.Match[str]) -> str:
     """An encoded word's text.  RFC 2047 §4."""
     charset, encoding, encoded = _CHARSETS.get(match[1].lower()), match[2].upper(), match[3].encode()
@@ -257,7 +265,7 @@ def _decoded(match: re.Match[str]) -> str:
         raise _Wrong(HeaderDefect.DOUBTFUL)
     try:
         if encoding == "B":
-            octets = binascii.a2b_base64(encoded + b"=" * (-len(encoded) % 4), strict_mode=True)
+            octets = _base64(encoded.rstrip(b"="))
         else:
             octets = _Q_PAIR.sub(lambda pair: bytes((int(pair[1], 16),)), encoded.replace(b"_", b" "))
         text = octets.decode(charset)
