@@ -13,7 +13,7 @@ Sources: RFC 9106 (argon2id), RFC 5802 §3 (what SCRAM keeps), RFC 8265 §4 (pre
     The account's own password is kept as argon2id: people choose it, so each guess at a stolen file must be dear.  The
     keys of SCRAM beside it are made with many iterations for the same reason; the client pays them at each login.
     A device's password is ours: 20 random letters, 90 bits.  To guess it is hopeless whatever a guess costs, so a keyed
-    SHA-256 is enough, and a phone that opens ten connections costs ten microseconds, not a third of a second.
+    SHA-256 is enough, and the ten connections of a phone cost a file read each and not ten times 19 MiB.
     Salt and iteration count belong to the account and stay, because all its secrets share them (see ``auth.scram``).
 """
 
@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -50,7 +49,6 @@ from gatepost.smtp.sasl import Password, prepare_secret
 
 T = TypeVar("T")
 
-DIRECTORY = "accounts"  # below the gate's data
 SCHEMA = 1
 NAME_OCTETS_MAX = 128
 FILE_OCTETS_MAX = 64 << 10
@@ -60,7 +58,7 @@ PASSWORD_CHARACTERS_MIN = 8
 USED_EVERY_S = 3600  # a device's last use is as exact as that
 READS_AT_ONCE = 2  # threads of one process
 HASHES_AT_ONCE = 2  # ditto: of a worker, 19 MiB and a processor each
-LOGINS_WAITING_MAX = 64  # about a second's work for those threads
+LOGINS_WAITING_MAX = 64  # a second or two of work for those threads
 
 SCRAM_ITERATIONS = 600_000  # of a new account: an attacker with the file pays them at each guess
 SALT_OCTETS = 16
@@ -351,7 +349,7 @@ class AccountStore:
             LookupError: there is no such account.
             StorageError: it could not be removed.
         """
-        with self._locked(make=False) as directory, self._failing("cannot be changed"):
+        with self._locked(name) as directory, self._failing("cannot be changed"):
             try:
                 os.unlink(file_name(name), dir_fd=directory)
             except FileNotFoundError:
@@ -396,7 +394,7 @@ class AccountStore:
     # ---- one file
 
     def _change(self, name: str, edit: Callable[[Account], Account], *, wait: bool = True) -> Account:
-        with self._locked(make=False, wait=wait) as directory:
+        with self._locked(name, wait=wait) as directory:
             account = self._load(directory, file_name(name), name)
             if account is None:
                 raise LookupError(_no_account(name))
@@ -438,13 +436,16 @@ class AccountStore:
             return None
         except OSError as error:
             raise StorageError(f"{path}: it cannot be read: {error.strerror}") from None
-        with os.fdopen(descriptor, "rb") as opened, self._failing("cannot be read"):
+        try:
             mode = os.fstat(descriptor).st_mode
             if not stat.S_ISREG(mode):
                 raise StorageError(f"{path}: it is not a plain file")
             if mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise StorageError(f"{path}: others may write to it; `chmod 600` mends that")
-            octets = opened.read(FILE_OCTETS_MAX + 1)
+            with self._failing("cannot be read"), os.fdopen(descriptor, "rb", closefd=False) as opened:
+                octets = opened.read(FILE_OCTETS_MAX + 1)
+        finally:
+            os.close(descriptor)
         if len(octets) > FILE_OCTETS_MAX:
             raise StorageError(f"{path}: it is damaged: it is longer than {FILE_OCTETS_MAX} octets")
         return octets
@@ -499,18 +500,20 @@ class AccountStore:
             os.close(descriptor)
 
     @contextlib.contextmanager
-    def _locked(self, *, make: bool = True, wait: bool = True) -> Iterator[int]:
+    def _locked(self, account: str | None = None, *, wait: bool = True) -> Iterator[int]:
         """The directory, opened and locked against everybody else who would change it.
 
         Args:
-            make: make it where it is missing.
+            account: the one that is to be changed: without a directory there is none.  None: make the directory.
             wait: for whoever holds it; else StorageError.
         """
-        if make:
+        if account is None:
             self._make()
         with self._directory() as directory:
+            if directory is None and account is not None:
+                raise LookupError(_no_account(account))
             if directory is None:
-                raise LookupError(f"there are no accounts in {self._path}")
+                raise StorageError(f"{self._path}: somebody removed it while it was needed")
             with self._failing("cannot be locked"):
                 fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield directory
@@ -752,8 +755,8 @@ class AccountsVerifier:
         self._waiting_max = waiting_max
         self._decoy = _decoy(store.hasher)
         # Two kinds of threads: a flood of wrong passwords must not stand before a device, whose check is cheap.
-        self._reading = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="accounts")
-        self._hashing = ThreadPoolExecutor(HASHES_AT_ONCE, thread_name_prefix="passwords")
+        self._reading: ThreadPoolExecutor | None = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="accounts")
+        self._hashing: ThreadPoolExecutor | None = ThreadPoolExecutor(HASHES_AT_ONCE, thread_name_prefix="passwords")
 
     async def verify(self, credentials: Credentials) -> Outcome:
         """Look at the account's file and hold the secret against its devices and its password."""
@@ -798,10 +801,13 @@ class AccountsVerifier:
         await self._in_thread(self._reading, self._store.used, account, device)
 
     async def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end, when what they have to do is done."""
+        pools = self._reading, self._hashing
+        self._reading = self._hashing = None
         loop = asyncio.get_running_loop()
-        for pool in (self._reading, self._hashing):
-            await loop.run_in_executor(None, partial(pool.shutdown, cancel_futures=True))
+        for pool in pools:
+            if pool is not None:
+                await loop.run_in_executor(None, pool.shutdown)
 
     async def _check(self, password: str, secret: str) -> bool | Unavailable:
         if self._waiting >= self._waiting_max:
@@ -814,7 +820,10 @@ class AccountsVerifier:
         finally:
             self._waiting -= 1
 
-    def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    def _in_thread(
+        self, pool: ThreadPoolExecutor | None, work: Callable[..., T], *arguments: object
+    ) -> asyncio.Future[T]:
+        """Run what blocks; for a login that a reload overtook in one of the loop's own threads."""
         return asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
     # ---- in a thread

@@ -239,7 +239,9 @@ class Authenticator:
         return self._accounts is not None and await self._accounts.is_bait(user)
 
     async def close(self) -> None:
-        """Let go of connections and threads."""
+        """Let go of connections and threads, when the logins under way have ended."""
+        while self._under_way:
+            await asyncio.wait(self._under_way.values())
         for verifier in self._verifiers:
             await verifier.close()
 
