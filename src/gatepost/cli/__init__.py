@@ -32,6 +32,7 @@ COMMANDS = (
     ("check", "gatepost.cli.check:check"),
     ("explain", "gatepost.cli.explain:explain"),
     ("ban", "gatepost.cli.ban:ban"),
+    ("account", "gatepost.cli.account:account"),
     ("status", "gatepost.cli.running:status"),
     ("reload", "gatepost.cli.running:reload"),
     ("completion", "gatepost.cli.completion:completion"),
