@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import uvloop
+from tests.gate.scripted_gate import Trial
 
-BOTH_LOOPS = {"test_session.py", "test_server.py", "test_connection.py"}
+BOTH_LOOPS = {"test_session.py", "test_server.py", "test_connection.py", "test_logins.py", "test_certificates.py"}
 
 
 def pytest_asyncio_loop_factories(
@@ -17,3 +20,11 @@ def pytest_asyncio_loop_factories(
     if item.path.name not in BOTH_LOOPS:
         return {"asyncio": asyncio.new_event_loop}
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest_asyncio.fixture
+async def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Trial]:
+    """A whole gate in this process."""
+    trial = Trial(tmp_path, monkeypatch)
+    yield trial
+    await trial.close()

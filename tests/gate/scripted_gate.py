@@ -19,9 +19,13 @@ from typing import Any, cast
 
 import pytest
 
+from gatepost.auth import Verifier
+from gatepost.auth.authenticator import Authenticator
+from gatepost.auth.settings import AuthSettings
 from gatepost.backend.content import Content
 from gatepost.backend.settings import BackendSettings, SmtpAddress
-from gatepost.facts import Client
+from gatepost.facts import Session as SessionFacts
+from gatepost.gate import logins as logins_module
 from gatepost.gate import server as server_module
 from gatepost.gate import session as session_module
 from gatepost.gate.connection import Connection
@@ -51,10 +55,10 @@ TAKEN = Reply(250, "Taken as 4711", "2.0.0")
 class ScriptedDelivery:
     """One transaction at the scripted backend, and what it heard."""
 
-    def __init__(self, backend: ScriptedBackend, reverse_path: ReversePath, client: Client) -> None:
+    def __init__(self, backend: ScriptedBackend, reverse_path: ReversePath, session: SessionFacts) -> None:
         self.backend = backend
         self.reverse_path = reverse_path
-        self.client = client
+        self.session = session
         self.recipients: list[str] = []
         self.content: bytes | None = None
         self.trace_field = b""
@@ -101,8 +105,8 @@ class ScriptedBackend:
         self.answers_content.set()
         self.deliveries: list[ScriptedDelivery] = []
 
-    def begin(self, reverse_path: ReversePath, parameters: MailParameters, client: Client) -> ScriptedDelivery:
-        self.deliveries.append(ScriptedDelivery(self, reverse_path, client))
+    def begin(self, reverse_path: ReversePath, parameters: MailParameters, session: SessionFacts) -> ScriptedDelivery:
+        self.deliveries.append(ScriptedDelivery(self, reverse_path, session))
         return self.deliveries[-1]
 
     @property
@@ -234,7 +238,12 @@ class Trial:
         monkeypatch.setattr(log_module, "FLUSH_S", 0.001)
         monkeypatch.setattr(server_module, "SWEEP_S", 10.0 * PATIENCE_S)
         monkeypatch.setattr(server_module, "make_backend", self._make_backend)
-        monkeypatch.setattr(session_module, "time", SimpleNamespace(time=lambda: self.now_s))
+        for module in (session_module, server_module):
+            monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: self.now_s))
+        self.verifiers: list[Verifier] | None = None  # in place of those that the settings name
+        monkeypatch.setattr(server_module, "Authenticator", self._make_authenticator)
+        self.delays: list[float] = []  # answers to guessers are put off, but not in these tests
+        monkeypatch.setattr(logins_module, "asyncio", SimpleNamespace(sleep=self._put_off))
         self.server = Server(worker=0, workers=1, metrics=self.metrics, log=self.log, occupancy=Occupancy.private())
         self.server.loop = cast("asyncio.AbstractEventLoop", _Loop(self))
 
@@ -243,6 +252,12 @@ class Trial:
         backend.capabilities = self.capabilities.get(settings.name, EVERYTHING)
         self.made.append(backend)
         return backend
+
+    def _make_authenticator(self, settings: AuthSettings, **arguments: Any) -> Authenticator:
+        return Authenticator(settings, verifiers=self.verifiers, **arguments)
+
+    async def _put_off(self, seconds: float) -> None:
+        self.delays.append(seconds)
 
     def backend(self, name: str = "b") -> ScriptedBackend:
         return cast("ScriptedBackend", self.server.backends[name])

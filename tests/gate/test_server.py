@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from ipaddress import ip_network
 
 import pytest
-import pytest_asyncio
 from tests.gate.scripted_gate import EVERYTHING, PATIENCE_S, TRUSTED, Peer, Trial, Wire, unlimited
 
 from gatepost.backend.settings import BackendSettings, SmtpAddress
@@ -23,13 +21,6 @@ ENTRY = TrustEntry("g.toml:7", network=ip_network(f"{TRUSTED}/32"))
 TWO = tuple(BackendSettings(name, (SmtpAddress("127.0.0.1", 25),)) for name in ("b", "other"))
 TIMEOUT = "421 4.4.2 Timeout; closing\r\n"
 DRAINED = "421 4.3.2 This server is going down, try again later\r\n"
-
-
-@pytest_asyncio.fixture
-async def trial(tmp_path, monkeypatch) -> AsyncIterator[Trial]:
-    trial = Trial(tmp_path, monkeypatch)
-    yield trial
-    await trial.close()
 
 
 async def may_relay(peer: Peer) -> bool:
@@ -321,7 +312,11 @@ async def test_settings_that_cannot_be_used_leave_the_old_ones_in_force(trial, t
         await trial.apply(data=str(tmp_path / "file" / "data"), backends=changed)
     listens = (ListenSettings("mx", (("127.0.0.1", 0),), tls="starttls"),)
     with pytest.raises(ConfigError):
-        await trial.apply(listens=listens, tls=TlsSettings((CertificateFiles("/nowhere/tls.pem", "/nowhere/tls.key"),)), backends=changed)
+        await trial.apply(
+            listens=listens,
+            tls=TlsSettings((CertificateFiles("/nowhere/tls.pem", "/nowhere/tls.key"),)),
+            backends=changed,
+        )
     (tmp_path / "halfway" / "keys").mkdir(parents=True)
     (tmp_path / "halfway" / "keys" / "trace.key").write_bytes(bytes(64))
     (tmp_path / "halfway" / "tmp").write_text("not a directory")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from ipaddress import ip_address, ip_network
 
 import pytest
-import pytest_asyncio
-from tests.gate.scripted_gate import HOUR_S, TRUSTED, Peer, Trial, unlimited
+from tests.gate.scripted_gate import HOUR_S, TRUSTED, Peer, unlimited
 
 from gatepost.backend.settings import BackendSettings, SmtpAddress
 from gatepost.facts import IPAddress
@@ -21,13 +19,6 @@ from gatepost.telemetry import MESSAGES, REPLIES
 
 ENTRY = TrustEntry("g.toml:7", why="the printer", network=ip_network(f"{TRUSTED}/32"))
 BODY = b"Subject: x\r\n\r\nHello\r\n"
-
-
-@pytest_asyncio.fixture
-async def trial(tmp_path, monkeypatch) -> AsyncIterator[Trial]:
-    trial = Trial(tmp_path, monkeypatch)
-    yield trial
-    await trial.close()
 
 
 def limited(**rates: int) -> TrustEntry:
