@@ -425,8 +425,8 @@ async def test_scram_is_a_login_by_itself(store, accounts):
     phone = store.add_device("alice", "phone")
     assert await by_scram(one, "alice", "correct horse") == Login(Verified("alice"), "accounts")
     assert await by_scram(one, "alice", phone) == Login(Verified("alice", device="phone"), "accounts")
-    assert await by_scram(one, "alice", "battery staple") == Login(Denied("wrong password"))
-    assert await by_scram(one, "bob", "battery staple") == Login(Denied("no such account"))
+    assert await by_scram(one, "alice", "battery staple") == Login(Denied("accounts: wrong password"))
+    assert await by_scram(one, "bob", "battery staple") == Login(Denied("accounts: no such account"))
     store._path.joinpath("alice.json").write_bytes(b"")
     exchange = one.exchange(SCRAM, {})
     assert exchange is not None

@@ -139,7 +139,9 @@ class _Proved:
         answer = await self._exchange.step(response)
         if isinstance(answer, Verified):
             return _acting_for(Login(answer, _ACCOUNTS), self._exchange.user, self._exchange.authzid)
-        return Login(answer) if isinstance(answer, Denied | Unavailable) else answer
+        if isinstance(answer, Denied | Unavailable):
+            return Login(answer._replace(why=f"{_ACCOUNTS}: {answer.why}"))
+        return answer
 
     def denied(self) -> Challenge | None:
         return None
