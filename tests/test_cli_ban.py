@@ -243,6 +243,23 @@ def test_what_root_makes_is_the_owners(elsewhere, capsys):
     assert (os.geteuid() == 0) == AM_ROOT
 
 
+@pytest.mark.parametrize("arguments", [["list"], ["remove", "192.0.2.7"], ["add", "192.0.2.8"]])
+def test_whose_it_is_not_may_not_even_look(elsewhere, capsys, arguments):
+    """And is not told that nobody is banned."""
+    file = str(elsewhere / "gatepost.toml")
+    assert typed(capsys, "ban", "add", "192.0.2.7", "--config", file)[0] == 0
+    state = elsewhere / "data" / "counters" / "state"
+    if AM_ROOT:
+        for path in (state, *state.iterdir()):
+            os.chown(path, 0, 0)
+    state.chmod(0o700 if AM_ROOT else 0)
+    code, out, err = typed(capsys, "ban", *arguments, "--config", file)
+    state.chmod(0o700)
+    assert (code, out) == (2, "")
+    assert "Permission denied" in err
+    assert "`chown -R`" in err
+
+
 def test_a_link_that_was_planted_leads_root_nowhere(elsewhere, capsys):
     roots = elsewhere / "roots"
     roots.mkdir()

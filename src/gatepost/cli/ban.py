@@ -116,7 +116,7 @@ def _bans(config_path: str | None, *, make: bool) -> Iterator[Bans | None]:
         privileges.prepare_data(loaded.data, privileges.account_of(loaded.user, where), where)
     with privileges.acting_as(_owner(loaded.data)):
         directory = state_directory(loaded.data)
-        if not make and not (directory / "data.mdb").exists():
+        if not make and not _is_there(directory / "data.mdb"):
             yield None
             return
         store = EmbeddedStore(directory, lambda sentence: print(sentence, file=sys.stderr))
@@ -124,6 +124,17 @@ def _bans(config_path: str | None, *, make: bool) -> Iterator[Bans | None]:
             yield Bans(store, Digests.in_directory(directory))
         finally:
             store.close()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the store has its file; where we may not even look, the store itself says so."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _owner(data: str) -> privileges.Account | None:

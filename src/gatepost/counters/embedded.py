@@ -4,21 +4,23 @@ Why: a record is read in about a microsecond and changed in about ten, by any pr
 Trust: the directory is the gate's own.  A file may be damaged all the same: nothing is synced, so a power cut may tear
     it.  The library maps the file and follows what stands there, so it is checked in full before it is opened, by
     whoever opens it first, without the library's engine.
-Promise: at the start a file that cannot be used is a StorageError that says what to do; but one that was torn when the
-    whole system went down begins anew, and that is said.  When the store fails at run time, this process goes on in its
-    own memory, until it is started again, and that is said once: bans and counts of before are gone for it, so nobody
-    is locked out, and it bans again by what it sees itself, so a guesser is let in at most as often as there are
-    workers more.  A write takes away up to ``SWEEP_RECORDS`` of its kind that are over, and, where a kind has its
-    greatest number, the one that would be over next.  A process that is killed while it writes leaves nothing half
-    written, and no lock.
+Promise: at the start a file that cannot be used is a StorageError that says what to do; but after the whole system went
+    down, what is left is read into a new file, or begun anew where it is torn, and that is said.  When the store fails
+    at run time, this process goes on in its own memory, until it is started again, and that is said once: bans and
+    counts of before are gone for it, so nobody is locked out, and it bans again by what it sees itself, so a guesser is
+    let in at most as often as there are workers more.  A write takes away up to ``SWEEP_RECORDS`` of its kind that are
+    over, and, where a kind has its greatest number, the one that would be over next.  A process that is killed while it
+    writes leaves nothing half written, and no lock.
     A store is opened once in a process, and no process forks after that.
 Sources: lmdb.h (MDB_NOSYNC, MDB_NOMETASYNC; robust mutexes), flock(2).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +28,17 @@ from pathlib import Path
 import lmdb
 import lmdb.verify
 
-from gatepost.counters.store import RECORDS_MAX, SWEEP_RECORDS, Change, Item, MemoryStore, checked, holds
+from gatepost.counters.store import (
+    KEY_OCTETS_MAX,
+    RECORDS_MAX,
+    SWEEP_RECORDS,
+    VALUE_OCTETS_MAX,
+    Change,
+    Item,
+    MemoryStore,
+    checked,
+    holds,
+)
 from gatepost.errors import StorageError
 
 MAP_OCTETS_MAX = 256 << 20  # what the greatest numbers of all kinds need, and half as much again; a file with holes
@@ -36,6 +48,11 @@ _BRIM_RECORDS = 8
 
 _HEAD = struct.Struct(">dd")  # when a record was written, and when it is over
 _END = struct.Struct(">d")  # positive ones sort as octets
+_ENDS = b".ends"  # behind a kind: the database of its keys in the order of their ends
+_DATABASES = 2 * len(RECORDS_MAX)
+
+# The binding lets an error through as SystemError where a cursor removes what lies on a damaged page.
+_FAILURES = (lmdb.Error, SystemError)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -61,6 +78,7 @@ class EmbeddedStore:
     ) -> None:
         self._directory = directory
         self._said = said
+        self._map_octets = map_octets
         self._memory: MemoryStore | None = None
         self._guard = -1
         try:
@@ -77,21 +95,25 @@ class EmbeddedStore:
                 sync=False,
                 metasync=False,
                 max_readers=READERS_MAX,
-                max_dbs=2 * len(RECORDS_MAX),
+                max_dbs=_DATABASES,
                 max_spare_txns=1,
             )
             self._env.reader_check()  # one that was killed would keep old pages from being used again
             self._brim_pages = _BRIM * map_octets / self._env.stat()["psize"]
             with self._env.begin(write=True) as txn:
                 self._records = {kind: self._env.open_db(kind, txn=txn) for kind in RECORDS_MAX}
-                self._ends = {kind: self._env.open_db(kind + b".ends", txn=txn) for kind in RECORDS_MAX}
+                self._ends = {kind: self._env.open_db(kind + _ENDS, txn=txn) for kind in RECORDS_MAX}
         except (OSError, lmdb.Error) as error:
             self._let_go_of_guard()
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise StorageError(
-                f"cannot use the shared counters in {directory}: {why}; see that it belongs to the gate's user, or "
-                f"{_mend(directory)}"
-            ) from error
+            number, why = (
+                (error.errno, error.strerror or str(error)) if isinstance(error, OSError) else (error.code, str(error))
+            )
+            mend = (
+                f"they are for the gate's user and root; `chown -R` gives {directory} back"
+                if number in (errno.EACCES, errno.EPERM)
+                else _mend(directory)
+            )
+            raise StorageError(f"cannot use the shared counters in {directory}: {why}; {mend}") from error
         except StorageError:
             self._let_go_of_guard()
             raise
@@ -108,6 +130,8 @@ class EmbeddedStore:
         (self._directory / "lock.mdb").unlink(missing_ok=True)
         if data.exists() and data.stat().st_size:
             problem = _damage(data)
+            if not problem and then_up != now_up:
+                problem = self._copy_anew(data)
             if problem and then_up == now_up:
                 raise StorageError(f"the shared counters {data} are damaged ({problem}); {_mend(self._directory)}")
             if problem:
@@ -119,6 +143,44 @@ class EmbeddedStore:
         boot.write_text(now_up, "ascii")
         boot.chmod(0o600)
 
+    def _copy_anew(self, data: Path) -> str:
+        """The system has gone down: read what is left into a new file.
+
+        The check finds a tear between pages, not one between two halves of a page.  To read such a page is harmless, to
+        change it is not; so nothing is ever changed in it.
+
+        Returns:
+            Why that cannot be done, "" where it was.
+        """
+        fresh = self._directory / "anew"
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            with (
+                lmdb.open(
+                    str(self._directory), map_size=self._map_octets, readonly=True, lock=False, max_dbs=_DATABASES
+                ) as old,
+                lmdb.open(
+                    str(fresh), map_size=self._map_octets, mode=0o600, sync=False, lock=False, max_dbs=_DATABASES
+                ) as new,
+                old.begin() as source,
+                new.begin(write=True) as target,
+            ):
+                kept = old.dbs(source)
+                for kind in RECORDS_MAX:
+                    if kind not in kept:
+                        continue  # this version knows a kind that the one before did not
+                    records, ends = new.open_db(kind, txn=target), new.open_db(kind + _ENDS, txn=target)
+                    for key, octets in source.cursor(old.open_db(kind, txn=source, create=False)):
+                        whole = len(octets) - _HEAD.size in range(VALUE_OCTETS_MAX + 1)
+                        if whole and key[:1] == kind and len(key) <= KEY_OCTETS_MAX:
+                            target.put(key, octets, db=records)
+                            target.put(_end_key(key, octets), b"", db=ends)
+        except _FAILURES as error:
+            return str(error)
+        (fresh / data.name).replace(data)
+        shutil.rmtree(fresh)
+        return ""
+
     # ---- the primitives of Store
 
     def read(self, keys: Sequence[bytes], now_s: float) -> list[bytes | None]:
@@ -127,7 +189,7 @@ class EmbeddedStore:
         try:
             with self._env.begin() as txn:
                 return [_live(txn.get(key, db=self._records[key[:1]]), now_s) for key in keys]
-        except lmdb.Error as error:
+        except _FAILURES as error:
             return self._lost(error).read(keys, now_s)
 
     def update(self, key: bytes, now_s: float, change: Change) -> None:
@@ -140,7 +202,7 @@ class EmbeddedStore:
             except lmdb.MapFullError:  # somebody reads since long ago, so that old pages cannot be used again
                 self._env.reader_check()
                 self._write(key, now_s, change)
-        except lmdb.Error as error:
+        except _FAILURES as error:
             self._lost(error).update(key, now_s, change)
 
     def remove(self, key: bytes, now_s: float) -> bool:
@@ -152,7 +214,7 @@ class EmbeddedStore:
                 if octets is not None:
                     self._take(txn, key, octets)
                 return _live(octets, now_s) is not None
-        except lmdb.Error as error:
+        except _FAILURES as error:
             return self._lost(error).remove(key, now_s)
 
     def items(self, kind: bytes, now_s: float, limit: int) -> list[Item]:
@@ -167,7 +229,7 @@ class EmbeddedStore:
                     value = _live(octets, now_s)
                     if value is not None:
                         found.append(Item(key, value, _HEAD.unpack_from(octets)[1]))
-        except lmdb.Error as error:
+        except _FAILURES as error:
             return self._lost(error).items(kind, now_s, limit)
         return found
 
@@ -191,13 +253,14 @@ class EmbeddedStore:
             self._sweep(txn, kind, now_s)
             if old is None:
                 self._make_room(txn, kind)
-            txn.put(key, _HEAD.pack(now_s, until_s) + value, db=records)
-            txn.put(_END.pack(max(until_s, 0.0)) + key, b"", db=ends)
+            octets = _HEAD.pack(now_s, until_s) + value
+            txn.put(key, octets, db=records)
+            txn.put(_end_key(key, octets), b"", db=ends)
 
     def _take(self, txn: lmdb.Transaction[bytes], key: bytes, octets: bytes) -> None:
         """Remove a record of these octets, and its end."""
         txn.delete(key, db=self._records[key[:1]])
-        txn.delete(_END.pack(max(_HEAD.unpack_from(octets)[1], 0.0)) + key, db=self._ends[key[:1]])
+        txn.delete(_end_key(key, octets), db=self._ends[key[:1]])
 
     def _sweep(self, txn: lmdb.Transaction[bytes], kind: bytes, now_s: float) -> None:
         """Remove a few that are over."""
@@ -226,7 +289,7 @@ class EmbeddedStore:
             if sum(used.values()) > self._brim_pages:
                 self._take_first(txn, max(used, key=used.__getitem__), _BRIM_RECORDS)
 
-    def _lost(self, error: lmdb.Error) -> MemoryStore:
+    def _lost(self, error: Exception) -> MemoryStore:
         """The file failed: go on without it."""
         self._memory = MemoryStore()
         self.close()
@@ -248,6 +311,11 @@ def _alone(guard: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _end_key(key: bytes, octets: bytes) -> bytes:
+    """A record's key in the order of ends."""
+    return _END.pack(max(_HEAD.unpack_from(octets)[1], 0.0)) + key
 
 
 def _pages(txn: lmdb.Transaction[bytes], database: lmdb._Database) -> int:
