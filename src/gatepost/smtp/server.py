@@ -223,7 +223,8 @@ class ServerEngine:
 
     def receive(self, octets: bytes) -> None:
         """Take what the peer sent.  After STARTTLS, XCLIENT or the end of the session it is dropped.  RFC 3207 §4.2."""
-        if self.state is State.TLS or self.state is State.CLOSED or self.state is State.XCLIENT:
+        state = self.state
+        if state is State.TLS or state is State.CLOSED or state is State.XCLIENT:
             return
         rest = self._buffer[self._position :] if self._position < len(self._buffer) else b""
         self._position = 0
@@ -284,7 +285,7 @@ class ServerEngine:
             self.state = self._next
             if type(question) is Mail:
                 self._smtputf8 = question.parameters.smtputf8
-            if self._next is State.CONTENT:
+            elif self._next is State.CONTENT:
                 self._receiver = DataReceiver(self.limits)
                 self._content_octets = 0
             elif self._next is State.READY:
