@@ -201,7 +201,6 @@ _UNJUDGED = "the server says that it cannot judge it now"
 _NOBODY = Answer(Judgement.DENIED, why="no user name or no password that anybody can have")
 _REASONS = {Judgement.VERIFIED: "accepted", Judgement.DENIED: "credentials", Judgement.UNAVAILABLE: "unavailable"}
 _LAST_WORDS = {Ended.TIMEOUT: "Autologout; idle for too long", Ended.DRAINED: "This server is going down"}
-_UNAVAILABLE = Answer(Judgement.UNAVAILABLE)
 
 
 class Dialogue(Protocol):
@@ -220,7 +219,7 @@ class Dialogue(Protocol):
         ...
 
     def farewell(self, text: str) -> bytes:
-        """What may be said before the proxy closes of its own will; b"" for nothing."""
+        """The last words, before the proxy closes of its own will."""
         ...
 
 
@@ -751,13 +750,13 @@ class _Imap:
             case "CAPABILITY":
                 offered = await session.server_capabilities()
                 ways = imap_capabilities(offered, starttls=session.tls_possible, login=session.login_allowed)
-                session.say(f"* CAPABILITY {' '.join(ways)}\r\n{tag} OK\r\n".encode())
+                session.say(f"* CAPABILITY {' '.join(ways)}\r\n{tag} OK Done\r\n".encode())
             case "NOOP":
-                session.say(f"{tag} OK\r\n".encode())
+                session.say(f"{tag} OK Done\r\n".encode())
             case "ID":
-                session.say(f"* ID NIL\r\n{tag} OK\r\n".encode())  # RFC 2971 §3.2
+                session.say(f"* ID NIL\r\n{tag} OK Done\r\n".encode())  # RFC 2971 §3.2
             case "LOGOUT":
-                session.close("quit", f"* BYE\r\n{tag} OK\r\n".encode())
+                session.close("quit", f"* BYE Logging out\r\n{tag} OK Done\r\n".encode())
             case "LOGIN" | "AUTHENTICATE" if not session.login_allowed:
                 self._privacy(tag)
             case "LOGIN":
