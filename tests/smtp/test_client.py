@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from ipaddress import ip_address
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,9 +13,11 @@ from gatepost.smtp import client
 from gatepost.smtp.client import (
     LINE_OCTETS_MAX,
     REPLY_OCTETS_MAX,
+    XCLIENT_VALUE_OCTETS_MAX,
     BackendDefect,
     Capabilities,
     ClientEngine,
+    Introduction,
     parse_ehlo,
 )
 from gatepost.smtp.command import NO_MAIL_PARAMETERS, NO_RCPT_PARAMETERS, MailParameters, RcptParameters
@@ -310,3 +315,79 @@ def test_a_command_is_one_line_whatever_the_local_part(text):
         return  # a value that no parser gives
     assert octets.endswith(b"\r\n")
     assert not set(b"\r\n\0") & set(octets[:-2])
+
+
+# ---- XCLIENT
+
+EVERY = frozenset({"ADDR", "PORT", "NAME", "REVERSE_NAME", "HELO", "PROTO", "LOGIN"})
+SOMEBODY = Introduction(ip_address("192.0.2.7"), 40000, "client.test", esmtp=True, account="anna@example.com")
+
+
+@pytest.mark.parametrize(
+    ("line", "attributes"),
+    [
+        ("XCLIENT NAME ADDR PROTO HELO REVERSE_NAME PORT LOGIN DESTADDR DESTPORT", EVERY),
+        ("xclient name addr", {"NAME", "ADDR"}),
+        ("XCLIENT ADDR SESSION TTL", {"ADDR"}),
+        ("XCLIENT NAME PORT", set()),  # without the address the rest would tell of nobody
+        ("XCLIENT", set()),
+        ("XFORWARD ADDR", set()),
+    ],
+)
+def test_attributes_of_xclient(line, attributes):
+    (reply,) = three_ways(f"250-mail\r\n250-{line}\r\n250 SIZE\r\n".encode())
+    assert isinstance(reply, Reply)
+    assert parse_ehlo(reply).xclient == attributes
+
+
+@pytest.mark.parametrize(
+    ("changes", "attributes", "line"),
+    [
+        (
+            {},
+            EVERY,
+            (
+                "XCLIENT ADDR=192.0.2.7 PORT=40000 NAME=[UNAVAILABLE] REVERSE_NAME=[UNAVAILABLE] HELO=client.test "
+                "PROTO=ESMTP LOGIN=anna@example.com"
+            ),
+        ),
+        ({"address": ip_address("2001:db8::7")}, {"ADDR", "PORT"}, "XCLIENT ADDR=IPV6:2001:db8::7 PORT=40000"),
+        ({"account": ""}, {"ADDR", "LOGIN"}, "XCLIENT ADDR=192.0.2.7 LOGIN=[UNAVAILABLE]"),
+        (
+            {"hello": "", "esmtp": False},
+            {"ADDR", "HELO", "PROTO"},
+            "XCLIENT ADDR=192.0.2.7 HELO=[UNAVAILABLE] PROTO=SMTP",
+        ),
+        ({"hello": "a+b=c ü\r\nRSET"}, {"HELO"}, "XCLIENT HELO=a+2Bb+3Dc+20+C3+BC+0D+0ARSET"),
+        ({"account": "x y"}, {"LOGIN"}, "XCLIENT LOGIN=x+20y"),
+    ],
+)
+def test_xclient_says_each_attribute_that_is_offered(changes, attributes, line):
+    assert client.xclient(SOMEBODY._replace(**changes), frozenset(attributes)) == f"{line}\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    "octets", [XCLIENT_VALUE_OCTETS_MAX - 1, XCLIENT_VALUE_OCTETS_MAX, XCLIENT_VALUE_OCTETS_MAX + 1]
+)
+def test_a_value_that_is_too_long_is_not_cut(octets):
+    value = "=" * octets
+    line = client.xclient(SOMEBODY._replace(hello=value, account=value), EVERY)
+    assert len(line) < LINE_OCTETS_MAX
+    told = "[UNAVAILABLE]" if octets > XCLIENT_VALUE_OCTETS_MAX else "+3D" * octets
+    assert f" HELO={told} ".encode() in line
+    assert line.endswith(f" LOGIN={told}\r\n".encode())
+
+
+@given(hello=st.text(), account=st.text())
+def test_xclient_is_one_line_of_as_many_words_whatever_the_client_said(hello, account):
+    line = client.xclient(SOMEBODY._replace(hello=hello, account=account), EVERY)
+    assert re.fullmatch(rb"XCLIENT(?: [A-Z_]+=[!-<>-~]+){7}\r\n", line)
+
+
+@given(name=st.text())
+def test_a_name_is_said_in_ehlo_only_if_it_can_be(name):
+    if client.is_hello_name(name):
+        assert client.hello("EHLO", name) == f"EHLO {name}\r\n".encode()
+    else:
+        with pytest.raises(ValueError, match="no name to say"):
+            client.hello("EHLO", name)

@@ -6,7 +6,8 @@ Promise: every reply belongs to a command; what comes unasked, too long or malfo
     engine hears nothing more, so that a reply can never be taken for the answer to another command.  Memory is bounded
     by REPLY_OCTETS_MAX and what one ``receive`` brought.  The replies do not depend on how the octets were split.
 Sources: RFC 5321 §4.2 (replies), §4.2.1 (multiline replies), §4.5.3.1.5 (reply line), §4.1.1.1 (EHLO response),
-    RFC 2033 §4.1 (LHLO), RFC 3207 §4.2 (after STARTTLS), RFC 1870 §4 (SIZE), RFC 4954 §3 (AUTH).
+    RFC 2033 §4.1 (LHLO), RFC 3207 §4.2 (after STARTTLS), RFC 1870 §4 (SIZE), RFC 4954 §3 (AUTH),
+    RFC 3461 §4 (xtext); Postfix's XCLIENT_README (XCLIENT).
     Stricter: a bare LF does not end a reply line (§2.3.8: nothing but CRLF is to be recognised; no server that needs
     it was found).  Wider: lines up to 2048 octets and second digits 6 to 9 (571, 591), for real servers send them;
     a client acts on the first digit (§4.3.2).
@@ -15,6 +16,7 @@ Sources: RFC 5321 §4.2 (replies), §4.2.1 (multiline replies), §4.5.3.1.5 (rep
 from __future__ import annotations
 
 import re
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 
 from gatepost.smtp.command import MailParameters, RcptParameters
@@ -26,6 +28,7 @@ REPLY_OCTETS_MAX = 1 << 16
 MECHANISMS_MAX = 32
 KNOWN_MAX = 256
 KNOWN_OCTETS_MAX = 80
+XCLIENT_VALUE_OCTETS_MAX = 255  # before xtext; Postfix takes no longer HELO, and all fit in a line of 2048 octets
 
 DATA: Final = b"DATA\r\n"
 RSET: Final = b"RSET\r\n"
@@ -41,6 +44,11 @@ _MECHANISM = re.compile(r"[A-Z0-9_-]{1,20}")  # RFC 4422 §3.1
 # Replies of one line seen before, by the whole line: nearly all that a backend says are "250 2.1.5 Ok" and its like.
 _KNOWN: dict[bytes, Reply] = {}
 _HELLO_NAME = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
+# RFC 3461 §4: xchar is any ASCII character from "!" to "~" but "+" and "=".
+_NOT_XCHAR = re.compile(rb"[^!-*,-<>-~]")
+_UNAVAILABLE = "[UNAVAILABLE]"
+# XCLIENT_README: what we can tell.  DESTADDR and DESTPORT stay those of our own connection.
+_XCLIENT_ATTRIBUTES: Final = ("ADDR", "PORT", "NAME", "REVERSE_NAME", "HELO", "PROTO", "LOGIN")
 
 
 class BackendDefect(NamedTuple):
@@ -56,11 +64,28 @@ class Capabilities(NamedTuple):
         keywords: upper case; empty after HELO.
         size_octets: the SIZE it takes; None where it names none (SIZE 0, or no number at all).
         mechanisms: of AUTH, upper case.
+        xclient: the attributes of XCLIENT that it takes and we can tell; none where ADDR is not among them.
     """
 
     keywords: frozenset[str] = frozenset()
     size_octets: int | None = None
     mechanisms: frozenset[str] = frozenset()
+    xclient: frozenset[str] = frozenset()
+
+
+class Introduction(NamedTuple):
+    """Whom a backend is told that the mail comes from.
+
+    Attributes:
+        hello: the client's claim, "" where it made none; esmtp: in EHLO.
+        account: "" where nobody has authenticated.
+    """
+
+    address: IPv4Address | IPv6Address
+    port: int
+    hello: str
+    esmtp: bool
+    account: str
 
 
 def parse_ehlo(reply: Reply) -> Capabilities:
@@ -68,6 +93,7 @@ def parse_ehlo(reply: Reply) -> Capabilities:
     keywords = set()
     size_octets: int | None = None
     mechanisms: frozenset[str] = frozenset()
+    xclient: frozenset[str] = frozenset()
     for line in reply.text.split("\n")[1:]:  # the first line holds the backend's name and its greeting
         match = _EHLO_LINE.fullmatch(line.rstrip(" \t"))
         if match is None:
@@ -79,7 +105,10 @@ def parse_ehlo(reply: Reply) -> Capabilities:
         elif keyword == "AUTH":
             words = parameters.upper().split()[:MECHANISMS_MAX]
             mechanisms |= {word for word in words if _MECHANISM.fullmatch(word)}
-    return Capabilities(frozenset(keywords), size_octets, mechanisms)
+        elif keyword == "XCLIENT":
+            attributes = frozenset(parameters.upper().split()).intersection(_XCLIENT_ATTRIBUTES)
+            xclient = attributes if "ADDR" in attributes else frozenset()
+    return Capabilities(frozenset(keywords), size_octets, mechanisms, xclient)
 
 
 class ClientEngine:
@@ -194,6 +223,42 @@ def hello(verb: str, name: str) -> bytes:
     if _HELLO_NAME.fullmatch(name) is None:
         raise ValueError(f"{name!r} is no name to say in {verb}: a host name or [address] is")
     return f"{verb} {name}\r\n".encode()
+
+
+def is_hello_name(name: str) -> bool:
+    """``hello`` takes it."""
+    return _HELLO_NAME.fullmatch(name) is not None
+
+
+def xclient(introduction: Introduction, attributes: frozenset[str]) -> bytes:
+    """XCLIENT with each of the attributes: what is left out would stay what it was for the client before.
+
+    Args:
+        attributes: of ``Capabilities.xclient``.
+
+    Source: XCLIENT_README, "XCLIENT Command syntax".
+    """
+    address = introduction.address
+    values = {
+        "ADDR": f"IPV6:{address}" if address.version == 6 else str(address),
+        "PORT": str(introduction.port),
+        # We look up no names; left out, the gate's own name would stay.
+        "NAME": _UNAVAILABLE,
+        "REVERSE_NAME": _UNAVAILABLE,
+        "HELO": _attribute_value(introduction.hello),
+        "PROTO": "ESMTP" if introduction.esmtp else "SMTP",
+        "LOGIN": _attribute_value(introduction.account),
+    }
+    words = [f"{name}={values[name]}" for name in _XCLIENT_ATTRIBUTES if name in attributes]
+    return f"XCLIENT {' '.join(words)}\r\n".encode("ascii")
+
+
+def _attribute_value(text: str) -> str:
+    """In xtext, RFC 3461 §4.  What is missing or too long is told as not available, never cut."""
+    octets = text.encode()
+    if not 0 < len(octets) <= XCLIENT_VALUE_OCTETS_MAX:
+        return _UNAVAILABLE
+    return _NOT_XCHAR.sub(lambda match: b"+%02X" % match[0][0], octets).decode("ascii")
 
 
 def mail(reverse_path: ReversePath, parameters: MailParameters, offered: frozenset[str]) -> bytes:
