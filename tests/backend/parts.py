@@ -8,13 +8,14 @@ from typing import Any
 from gatepost.backend.content import Content, Memory
 from gatepost.backend.delivery import SmtpBackend, SmtpDelivery
 from gatepost.backend.settings import BackendSettings, SmtpAddress
-from gatepost.facts import Client
+from gatepost.facts import Client, Session
 from gatepost.smtp.command import NO_MAIL_PARAMETERS, NO_RCPT_PARAMETERS, MailParameters
 from gatepost.smtp.path import ForwardPath, Mailbox, ReversePath, Shape
 from gatepost.smtp.reply import Reply
 from gatepost.verdict import AdmittedRecipient, LocalDomain, RelayAuthority
 
 CLIENT = Client(ip_address("192.0.2.9"), 40000)
+SESSION = Session("r1", CLIENT, "mx", "mx", "client.test", esmtp=True)
 SENDER = Mailbox("sender", "elsewhere.test")
 TRACE = b"Received: from x by gate\r\n\twith ESMTP; now\r\n"
 TEXT = b"Subject: hello\r\n\r\nHow do you do?\r\n"
@@ -80,7 +81,7 @@ def content_of(octets: bytes, *, block: int = 0, memory: Memory | None = None) -
 def begin(
     backend: SmtpBackend, reverse_path: ReversePath = SENDER, parameters: MailParameters = NO_MAIL_PARAMETERS
 ) -> SmtpDelivery:
-    return backend.begin(reverse_path, parameters, CLIENT)
+    return backend.begin(reverse_path, parameters, SESSION)
 
 
 async def send(backend: SmtpBackend, octets: bytes = TEXT, *local_parts: str) -> Reply:

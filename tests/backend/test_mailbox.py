@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.backend.parts import CLIENT, LOCAL, SENDER, TEXT, TRACE, Notes, content_of, recipient, settings
+from tests.backend.parts import LOCAL, SENDER, SESSION, TEXT, TRACE, Notes, content_of, recipient, settings
 
 from gatepost.backend import make_backend
 from gatepost.backend.content import Content, Memory
@@ -48,7 +48,7 @@ async def send(
     *recipients: AdmittedRecipient,
     reverse_path: ReversePath = SENDER,
 ) -> Reply:
-    delivery = backend.begin(reverse_path, NO_MAIL_PARAMETERS, CLIENT)
+    delivery = backend.begin(reverse_path, NO_MAIL_PARAMETERS, SESSION)
     for one in recipients or (recipient(),):
         reply = await delivery.rcpt(one, NO_RCPT_PARAMETERS)
         if not reply.positive:
@@ -321,10 +321,10 @@ async def test_a_session_that_is_cancelled_leaves_no_message(backend):
 
 
 async def test_the_ends_of_a_transaction(backend):
-    delivery = backend.begin(SENDER, NO_MAIL_PARAMETERS, CLIENT)
+    delivery = backend.begin(SENDER, NO_MAIL_PARAMETERS, SESSION)
     assert (await delivery.deliver(content_of(TEXT), TRACE)).code == 554
     assert (await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)).code == 503
-    delivery = backend.begin(SENDER, NO_MAIL_PARAMETERS, CLIENT)
+    delivery = backend.begin(SENDER, NO_MAIL_PARAMETERS, SESSION)
     await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)
     assert not delivery.park()
     delivery.abort()
@@ -362,7 +362,7 @@ async def test_a_probe_removes_what_a_crash_has_left(backend):
 
 
 async def test_a_transaction_may_end_after_the_backend_was_closed(backend):
-    delivery = backend.begin(SENDER, NO_MAIL_PARAMETERS, CLIENT)
+    delivery = backend.begin(SENDER, NO_MAIL_PARAMETERS, SESSION)
     await delivery.rcpt(recipient(), NO_RCPT_PARAMETERS)
     await backend.close()
     await backend.close()

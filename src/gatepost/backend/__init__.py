@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gatepost.backend.content import Content
     from gatepost.backend.pool import Log
     from gatepost.backend.settings import BackendSettings
-    from gatepost.facts import Client
+    from gatepost.facts import Session
     from gatepost.smtp.client import Capabilities
     from gatepost.smtp.command import MailParameters, RcptParameters
     from gatepost.smtp.path import ReversePath
@@ -72,7 +72,7 @@ class Backend(Protocol):
         """The last contact was good.  False until there was one."""
         ...
 
-    def begin(self, reverse_path: ReversePath, parameters: MailParameters, client: Client) -> Delivery:
+    def begin(self, reverse_path: ReversePath, parameters: MailParameters, session: Session) -> Delivery:
         """A transaction; nothing is sent before its first recipient."""
         ...
 
@@ -111,6 +111,10 @@ def make_backend(
         from gatepost.backend.mailbox import MailboxBackend  # noqa: PLC0415
 
         return MailboxBackend(settings, log=log)
+    if settings.xclient or settings.proxy != "off":
+        from gatepost.backend.dedicated import DedicatedBackend  # noqa: PLC0415
+
+        return DedicatedBackend(settings, tls=tls, observe=observe, log=log)
     from gatepost.backend.delivery import SmtpBackend  # noqa: PLC0415
 
     return SmtpBackend(settings, tls=tls, observe=observe, log=log)

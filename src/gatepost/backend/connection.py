@@ -7,14 +7,15 @@ Trust: the backend's octets go through ``smtp.client``, which bounds them; its h
 Promise: a reply answers the group it was asked for or ends the connection; once lost or closed a connection is never
     used again; the final octets of content are written in one place, and ``committed`` says whether they were.
 Sources: RFC 5321 §4.5.3.2 (timeouts), §3.8 (421), §4.1.1.10 (QUIT); RFC 2920 §3.1 (groups); RFC 3207 §4, §6;
-    RFC 7435 (opportunistic TLS).
+    RFC 7435 (opportunistic TLS); Postfix's XCLIENT_README; The PROXY protocol, versions 1 and 2 (HAProxy, 2020-03-05).
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from ipaddress import ip_address
 from math import inf
 from socket import SOCK_STREAM
 from typing import cast
@@ -22,9 +23,11 @@ from typing import cast
 from gatepost.backend.content import Content
 from gatepost.backend.settings import BackendSettings, LmtpSocket, SmtpAddress
 from gatepost.errors import BackendUnavailable
+from gatepost.facts import Client
 from gatepost.smtp import client
-from gatepost.smtp.client import BackendDefect, Capabilities, ClientEngine
+from gatepost.smtp.client import BackendDefect, Capabilities, ClientEngine, Introduction
 from gatepost.smtp.content import stuff
+from gatepost.smtp.proxy_header import LOCAL_V2, UNKNOWN_V1, Endpoint, proxy_v1, proxy_v2
 from gatepost.smtp.reply import Reply
 
 JOIN_OCTETS = 1 << 17  # content up to this size goes out in one write
@@ -70,12 +73,18 @@ class ConnectFailed(BackendUnavailable):
         self.tls = tls
 
 
+class ClientRefused(BackendUnavailable):
+    """The backend refused to be told of a client, or to greet it.  The connection is of no more use."""
+
+
 class Connection(asyncio.Protocol):
     """A connection that has been greeted, once ``open_connection`` returns it.
 
     Attributes:
         alive: it may be used.
         capabilities: what the backend offers on this very connection; offered: the parameters among it.
+        client: whom the backend was told to be at the other end, None for us; told: the attributes of XCLIENT it was
+            told by.
         committed: the octets that end content were handed to the transport: from then on the message may have been
             taken, and is not sent again by us.
         deadline: when ``expire`` is due, on the loop's clock.
@@ -90,6 +99,7 @@ class Connection(asyncio.Protocol):
         "_engine",
         "_future",
         "_greeting",
+        "_lmtp",
         "_loop",
         "_lost",
         "_on_closed",
@@ -101,6 +111,7 @@ class Connection(asyncio.Protocol):
         "alive",
         "blemishes",
         "capabilities",
+        "client",
         "committed",
         "deadline",
         "deliveries",
@@ -111,6 +122,7 @@ class Connection(asyncio.Protocol):
         "pipelining",
         "smtputf8",
         "tls",
+        "told",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, settings: BackendSettings, peer: str) -> None:
@@ -123,12 +135,14 @@ class Connection(asyncio.Protocol):
         self._then: Callable[[Connection, Reply | None], None] | None = None
         self._replies: list[Reply] = []
         self._due = 0
+        self._lmtp = False
         self._paused = False
         self._drained: asyncio.Future[None] | None = None
         self._lost: ConnectionLost | None = None
         self.alive = True
         self.blemishes = 0
         self.capabilities = Capabilities()
+        self.client: Hashable = None
         self.committed = False
         self.deadline = inf
         self.deliveries = 0
@@ -139,6 +153,7 @@ class Connection(asyncio.Protocol):
         self.pipelining = False
         self.smtputf8 = False
         self.tls = ""
+        self.told: frozenset[str] = frozenset()
         self._greeting: asyncio.Future[list[Reply]] = loop.create_future()  # due without being asked for
         self._future = self._greeting
         self._ask(1)
@@ -362,18 +377,24 @@ class Connection(asyncio.Protocol):
         replies = await self._greeting
         return replies[0]
 
-    async def hello(self, *, lmtp: bool) -> None:
+    async def hello(self, *, lmtp: bool, name: str = "") -> None:
         """EHLO, HELO where EHLO is refused, or LHLO; learns the capabilities.  RFC 5321 §3.2, RFC 2033 §4.1.
+
+        Args:
+            name: to say instead of our own.
 
         Raises:
             ConnectFailed: refused.
             ConnectionLost: the connection ended.
         """
-        name, timeout_s = self._settings.hello, self._settings.command_timeout_s
+        self._lmtp = lmtp
+        name, timeout_s = name or self._settings.hello, self._settings.command_timeout_s
         reply = (await self.exchange(client.hello("LHLO" if lmtp else "EHLO", name), 1, timeout_s))[0]
         if 200 <= reply.code < 300:
             self.capabilities = client.parse_ehlo(reply)
-        elif reply.code >= 500 and not lmtp:  # RFC 5321 §4.1.4: a server that does not know EHLO
+        elif reply.code >= 500 and not lmtp and self._settings.proxy == "off":
+            # RFC 5321 §4.1.4: a server that does not know EHLO.  One that was sent a PROXY header and does not know
+            # that may mean the header: every answer from now on would be taken for that to the command behind it.
             reply = (await self.exchange(client.hello("HELO", name), 1, timeout_s))[0]
             self.capabilities = Capabilities()
         if not 200 <= reply.code < 300:
@@ -382,6 +403,53 @@ class Connection(asyncio.Protocol):
         self.offered = keywords & _PARAMETER_KEYWORDS
         self.pipelining = "PIPELINING" in keywords
         self.smtputf8 = "SMTPUTF8" in keywords
+
+    def announce(self, told: Client | None) -> None:
+        """Begin the connection with a PROXY header.  §2.1, §2.2.
+
+        Args:
+            told: the client whose connection it is; None for a look of our own.
+        """
+        assert self._transport is not None
+        here = _endpoint(self._transport.get_extra_info("sockname"))
+        there = _endpoint(self._transport.get_extra_info("peername"))
+        v2 = self._settings.proxy == "v2"
+        if told is not None:
+            header = (proxy_v2 if v2 else proxy_v1)(Endpoint(*told), there)
+        elif v2:
+            header = LOCAL_V2
+        else:
+            header = UNKNOWN_V1 if here is None else proxy_v1(here, there)  # not every server knows UNKNOWN
+        self.client = told
+        self._write(header)
+
+    @property
+    def transferable(self) -> bool:
+        """XCLIENT can make it any client's: everything that was told of the last one can be told anew."""
+        return self.told <= self.capabilities.xclient
+
+    async def introduce(self, introduction: Introduction) -> None:
+        """XCLIENT, then EHLO again, which the backend answers as it would answer that client.
+
+        The name in this EHLO is the client's, too: servers take it for the name in XCLIENT, or know only this one.
+
+        Raises:
+            ClientRefused: it is of no more use to anybody.
+            ConnectionLost: the connection ended.
+        """
+        attributes = self.capabilities.xclient
+        line = client.xclient(introduction, attributes)
+        reply = (await self.exchange(line, 1, self._settings.command_timeout_s))[0]
+        if not 200 <= reply.code < 300:
+            raise ClientRefused(f"{self.peer} refuses XCLIENT: {reply!r}")
+        self.blemishes += 1  # a server may count a further EHLO, as it counts RSET
+        self.told = attributes
+        self.client = introduction
+        name = introduction.hello if client.is_hello_name(introduction.hello) else ""
+        try:
+            await self.hello(lmtp=self._lmtp, name=name)
+        except ConnectFailed as failure:
+            raise ClientRefused(f"{failure}, after XCLIENT") from failure
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """STARTTLS and the handshake; everything learned before is forgotten.  RFC 3207 §4.2.
@@ -424,6 +492,7 @@ async def open_connection(
     settings: BackendSettings,
     context: ssl.SSLContext | None,
     answered: str = "",
+    told: Client | None = None,
 ) -> tuple[Connection, str]:
     """A connection that is ready for MAIL.
 
@@ -431,6 +500,7 @@ async def open_connection(
         context: for STARTTLS; None to stay in plain text.  Whether plain text will do where TLS cannot be had is for
             settings.tls to say.
         answered: that network address of the name is tried first.
+        told: the client to name in the PROXY header, where settings.proxy asks for one.
 
     Returns:
         The connection, and the network address it goes to.
@@ -441,6 +511,8 @@ async def open_connection(
     connection, network_address = await _connect(address, settings, answered)
     lmtp = isinstance(address, LmtpSocket) or address.lmtp
     try:
+        if settings.proxy != "off":
+            connection.announce(told)
         async with asyncio.timeout(settings.greeting_timeout_s):  # RFC 5321 §4.5.3.2.1
             greeting = await connection.greeting()
         _check_greeting(connection, greeting)
@@ -517,6 +589,13 @@ async def _connect(
         else:
             return connection, host
     raise ConnectFailed(f"{peer}: {trouble}")
+
+
+def _endpoint(name: object) -> Endpoint | None:
+    """From what a socket says of an end; None for a Unix socket."""
+    if not isinstance(name, tuple):
+        return None
+    return Endpoint(ip_address(str(name[0]).partition("%")[0]), int(name[1]))
 
 
 def _why(error: Exception) -> str:

@@ -14,13 +14,15 @@ Sources: RFC 5321 §3.3, §4.1.1.4 (end of content), §4.1.1.5 (RSET), §6.1; RF
 from __future__ import annotations
 
 import ssl
+from collections.abc import Hashable
+from typing import ClassVar
 
 from gatepost.backend.connection import Connection, ConnectionLost
 from gatepost.backend.content import Content
 from gatepost.backend.pool import UNREACHABLE, Log, NoConnection, Observe, Pool
 from gatepost.backend.settings import BackendSettings
 from gatepost.errors import StorageError
-from gatepost.facts import Client
+from gatepost.facts import Session
 from gatepost.smtp import client as commands
 from gatepost.smtp.client import Capabilities
 from gatepost.smtp.command import MailParameters, RcptParameters
@@ -47,6 +49,8 @@ class SmtpBackend:
 
     __slots__ = ("_pool", "name", "settings")
 
+    POOL: ClassVar[type[Pool]] = Pool
+
     def __init__(
         self,
         settings: BackendSettings,
@@ -57,7 +61,7 @@ class SmtpBackend:
     ) -> None:
         self.settings = settings
         self.name = settings.name
-        self._pool = Pool(settings, tls=tls, observe=observe, log=log)
+        self._pool = self.POOL(settings, tls=tls, observe=observe, log=log)
 
     @property
     def capabilities(self) -> Capabilities | None:
@@ -69,9 +73,9 @@ class SmtpBackend:
         """The last contact was good.  False until there was one."""
         return self._pool.healthy
 
-    def begin(self, reverse_path: ReversePath, parameters: MailParameters, client: Client) -> SmtpDelivery:
+    def begin(self, reverse_path: ReversePath, parameters: MailParameters, session: Session) -> SmtpDelivery:
         """A transaction; nothing is sent before its first recipient."""
-        return SmtpDelivery(self._pool, reverse_path, parameters, client)
+        return SmtpDelivery(self._pool, reverse_path, parameters)
 
     async def probe(self) -> None:
         """Look at the backend; ``healthy`` and ``capabilities`` tell what was seen.  Does not raise."""
@@ -88,20 +92,22 @@ class SmtpDelivery:
     __slots__ = (
         "_accepted",
         "_busy",
+        "_client",
         "_connection",
         "_final",
         "_parameters",
         "_parks",
         "_pool",
         "_reverse_path",
-        "client",
     )
 
-    def __init__(self, pool: Pool, reverse_path: ReversePath, parameters: MailParameters, client: Client) -> None:
+    def __init__(
+        self, pool: Pool, reverse_path: ReversePath, parameters: MailParameters, client: Hashable = None
+    ) -> None:
         self._pool = pool
         self._reverse_path = reverse_path
         self._parameters = parameters
-        self.client = client
+        self._client = client  # whom the connection must be dedicated to, if to anybody
         self._connection: Connection | None = None
         self._accepted: list[tuple[ForwardPath, RcptParameters]] = []
         self._final: Reply | None = None  # the answer to everything from now on
@@ -157,7 +163,7 @@ class SmtpDelivery:
 
     async def _take(self, *, fresh: bool) -> Connection:
         """A connection of our own, without a transaction so far."""
-        connection = await self._pool.acquire(fresh=fresh)
+        connection = await self._pool.acquire(self._client, fresh=fresh)
         if self._final is not None:  # aborted meanwhile
             self._pool.release(connection)
             raise NoConnection(self._final)

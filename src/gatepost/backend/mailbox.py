@@ -33,7 +33,7 @@ from gatepost.backend.content import Content
 from gatepost.backend.pool import Log, to_logging
 from gatepost.backend.settings import BackendSettings, EmbeddedMailboxes
 from gatepost.errors import StorageError
-from gatepost.facts import Client
+from gatepost.facts import Session
 from gatepost.smtp.client import Capabilities
 from gatepost.smtp.command import MailParameters, RcptParameters
 from gatepost.smtp.path import Mailbox, ReversePath
@@ -139,10 +139,10 @@ class MailboxBackend:
         """What can be stored: anything that is lines."""
         return CAPABILITIES
 
-    def begin(self, reverse_path: ReversePath, parameters: MailParameters, client: Client) -> MailboxDelivery:
+    def begin(self, reverse_path: ReversePath, parameters: MailParameters, session: Session) -> MailboxDelivery:
         """A transaction."""
         del parameters  # SIZE is no promise, and a file takes 8-bit content and UTF-8 as they are
-        return MailboxDelivery(self, reverse_path, client)
+        return MailboxDelivery(self, reverse_path)
 
     async def probe(self) -> None:
         """Whether the directory can be written; ``healthy`` tells.  Removes what crashes have left.  Does not raise."""
@@ -265,12 +265,11 @@ class MailboxBackend:
 class MailboxDelivery:
     """One transaction."""
 
-    __slots__ = ("_backend", "_ended", "_recipients", "_reverse_path", "client")
+    __slots__ = ("_backend", "_ended", "_recipients", "_reverse_path")
 
-    def __init__(self, backend: MailboxBackend, reverse_path: ReversePath, client: Client) -> None:
+    def __init__(self, backend: MailboxBackend, reverse_path: ReversePath) -> None:
         self._backend = backend
         self._reverse_path = reverse_path
-        self.client = client
         self._recipients: dict[str, Mailbox] = {}
         self._ended = False
 

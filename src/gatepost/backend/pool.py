@@ -15,13 +15,14 @@ import asyncio
 import logging
 import ssl
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Protocol
 
 from gatepost.backend.connection import ConnectFailed, Connection, open_connection
 from gatepost.backend.health import Addresses, AddressHealth
 from gatepost.backend.settings import BackendSettings, LmtpSocket, SmtpAddress
 from gatepost.errors import BackendUnavailable
+from gatepost.facts import Client
 from gatepost.smtp.client import Capabilities
 from gatepost.smtp.reply import Reply
 
@@ -53,6 +54,10 @@ class NoConnection(BackendUnavailable):
         self.reply = reply
 
 
+Waiter = tuple[float, "asyncio.Future[Connection]", Hashable]
+"""Until when, on the loop's clock, what, and for which client."""
+
+
 class Lender(Protocol):
     """A transaction that holds a connection and can do without it for a while."""
 
@@ -82,6 +87,7 @@ class Pool:
         "_contexts",
         "_emptied",
         "_idle",
+        "_idle_s",
         "_limit",
         "_limit_grows_at",
         "_loop",
@@ -127,11 +133,11 @@ class Pool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[Connection] = set()
         self._idle: list[Connection] = []
-        self._connecting = 0
+        self._connecting: list[Client | None] = []
         self._trials = 0
         self._resetting = 0
         self._refusal = UNREACHABLE
-        self._waiters: deque[tuple[float, asyncio.Future[Connection]]] = deque()
+        self._waiters: deque[Waiter] = deque()
         self._limit = settings.connections
         self._limit_grows_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,16 +146,18 @@ class Pool:
         shortest = min(settings.command_timeout_s, settings.data_timeout_s, settings.block_timeout_s,
                        settings.final_timeout_s, settings.idle_s, settings.wait_timeout_s)  # fmt: skip
         self._sweep_s = min(max(shortest / 4, SWEEP_S[0]), SWEEP_S[1])
+        self._idle_s = settings.idle_s
         self._closing = False
         self._emptied: asyncio.Future[None] | None = None
         self._plain_said: set[SmtpAddress | LmtpSocket] = set()
 
     # ---- taking and giving back
 
-    async def acquire(self, *, fresh: bool = False) -> Connection:
+    async def acquire(self, client: Hashable = None, *, fresh: bool = False) -> Connection:
         """A connection without a transaction.
 
         Args:
+            client: for whom; it matters where connections are ``dedicated``.
             fresh: rather a new one: one from the pool has just turned out dead.
 
         Raises:
@@ -161,19 +169,19 @@ class Pool:
                 connection = idle.pop()
                 if connection.alive:
                     return connection
-        return await self._wait(fresh=fresh)
+        return await self._wait(client, fresh=fresh)
 
-    async def _wait(self, *, fresh: bool) -> Connection:
+    async def _wait(self, client: Hashable, *, fresh: bool) -> Connection:
         loop = self._loop = asyncio.get_running_loop()
         now = loop.time()
         if not self._open and self._addresses.hopeless(now):
             raise NoConnection(self._refusal)
         if len(self._waiters) >= self.settings.waiters:
             raise NoConnection(CROWDED)
-        if fresh and self._idle and len(self._open) + self._connecting >= self._limit:
+        if fresh and self._idle and len(self._open) + len(self._connecting) >= self._limit:
             self._idle.pop(0).close()
         future: asyncio.Future[Connection] = loop.create_future()
-        waiter = (now + self.settings.wait_timeout_s, future)
+        waiter = (now + self.settings.wait_timeout_s, future, client)
         self._waiters.append(waiter)
         self._serve()
         self._arm()
@@ -239,13 +247,20 @@ class Pool:
             return
         assert self._loop is not None
         now = self._loop.time()
-        room = self._limit - len(self._open) - self._connecting - self._trials
+        room = self._limit - len(self._open) - len(self._connecting) - self._trials
         if room > 0 and not self._addresses.hopeless(now):
-            for _ in range(min(waiting - self._connecting, room)):
-                self._connecting += 1
-                self._spawn(self._connect())
+            self._open_more(min(waiting - len(self._connecting), room))
         if self.lendable:
             self._call_in(waiting, now)
+
+    def _open_more(self, count: int) -> None:
+        """Open so many connections, none where it is negative."""
+        for _ in range(count):
+            self._open_one(None)
+
+    def _open_one(self, client: Client | None) -> None:
+        self._connecting.append(client)
+        self._spawn(self._connect(client))
 
     def _call_in(self, waiting: int, now: float) -> None:
         """Park transactions that have held a connection for longer than any client in a hurry does.
@@ -256,7 +271,7 @@ class Pool:
         """
         patience_s = self.settings.park_after_s
         overdue_at = self._waiters[0][0] - self.settings.wait_timeout_s + patience_s
-        missing = waiting if overdue_at <= now else waiting - self._connecting
+        missing = waiting if overdue_at <= now else waiting - len(self._connecting)
         again = overdue_at
         if missing > 0:
             for lender, since in list(self.lendable.items()):
@@ -277,24 +292,24 @@ class Pool:
 
     def _fail_waiters(self, reply: Reply) -> None:
         waiters, self._waiters = self._waiters, deque()
-        for _, future in waiters:
+        for _, future, _ in waiters:
             if not future.done():
                 future.set_exception(NoConnection(reply))
 
     # ---- opening
 
-    async def _connect(self) -> None:
-        """One new connection for whoever waits first."""
+    async def _connect(self, client: Client | None = None) -> None:
+        """One new connection, for whoever waits first unless it is dedicated."""
         try:
-            connection = await self._dial()
+            connection = await self._dial(client)
         except ConnectFailed as failure:
-            self._connecting -= 1
+            self._connecting.remove(client)
             self._not_connected(failure)
         except BaseException:
-            self._connecting -= 1
+            self._connecting.remove(client)
             raise
         else:
-            self._connecting -= 1
+            self._connecting.remove(client)
             self._adopt(connection)
 
     def _not_connected(self, failure: ConnectFailed) -> None:
@@ -315,20 +330,20 @@ class Pool:
             self.healthy = False
         self._serve()
 
-    async def _dial(self) -> Connection:
+    async def _dial(self, client: Client | None) -> Connection:
         """Try the addresses in order.  RFC 5321 §5.1."""
         assert self._loop is not None
         working, due = self._addresses.working(), self._addresses.due(self._loop.time())
         if working:
             for health in due:
-                if len(self._open) + self._connecting + self._trials < self._limit:
+                if len(self._open) + len(self._connecting) + self._trials < self._limit:
                     self._trials += 1
                     health.trial = True
                     self._spawn(self._trial(health))
         failure = ConnectFailed(self._addresses.trouble or "no address to try")
         for health in working or due:
             try:
-                return await self._attempt(health)
+                return await self._attempt(health, client)
             except ConnectFailed as failed:
                 failure = failed
         raise failure
@@ -336,14 +351,14 @@ class Pool:
     async def _trial(self, health: AddressHealth) -> None:
         """Whether a failed address works again, at nobody's expense."""
         try:
-            connection = await self._attempt(health)
+            connection = await self._attempt(health, None)
         except ConnectFailed:
             return
         finally:
             self._trials -= 1
         self._adopt(connection)
 
-    async def _attempt(self, health: AddressHealth) -> Connection:
+    async def _attempt(self, health: AddressHealth, client: Client | None) -> Connection:
         """One attempt at one address, with plain text behind it where TLS is opportunistic."""
         assert self._loop is not None
         settings, name = self.settings, self.settings.name
@@ -352,7 +367,7 @@ class Pool:
         try:
             try:
                 connection, health.answered = await open_connection(
-                    health.address, settings, self._context(health.address), health.answered
+                    health.address, settings, self._context(health.address), health.answered, client
                 )
                 self._plain_said.discard(health.address)
             except ConnectFailed as failure:
@@ -365,7 +380,9 @@ class Pool:
                     self.log(
                         f"backend {name}: {failure}; mail goes there in plain text (tls is opportunistic)", up=False
                     )
-                connection, health.answered = await open_connection(health.address, settings, None, health.answered)
+                connection, health.answered = await open_connection(
+                    health.address, settings, None, health.answered, client
+                )
         except ConnectFailed as failure:
             self.observe("connect_failed", 1)
             if not (failure.busy and self._open) and health.failed(str(failure), started_at, self._loop.time()):
@@ -446,7 +463,7 @@ class Pool:
         for connection in [connection for connection in self._open if connection.deadline <= now]:
             connection.expire()
         idle, settings = self._idle, self.settings
-        while idle and idle[0].idle_since + settings.idle_s <= now:
+        while idle and idle[0].idle_since + self._idle_s <= now:
             idle.pop(0).quit()
         waiters = self._waiters
         while waiters and (waiters[0][0] <= now or waiters[0][1].done()):
@@ -472,9 +489,9 @@ class Pool:
     async def probe(self) -> None:
         """Open a connection, as a look at the backend, and keep it; ``healthy`` tells what came of it."""
         self._loop = asyncio.get_running_loop()
-        if len(self._open) + self._connecting + self._trials >= self._limit:
+        if len(self._open) + len(self._connecting) + self._trials >= self._limit:
             return
-        self._connecting += 1
+        self._connecting.append(None)
         await self._connect()
         self._arm()
 

@@ -48,6 +48,9 @@ class BackendSettings:
         waiters: so many transactions wait for a connection at most; wait_timeout_s: for so long at most.
         park_after_s: a transaction that has held a connection for so long while its client dawdles must lend it to
             one that waits.
+        xclient: tell the backend of each transaction's client by XCLIENT, where it offers that.
+        proxy: "off", or the version of the PROXY header ("v1", "v2") that begins each connection and names the client
+            whose connection it is.  Not beside xclient.
     """
 
     name: str
@@ -67,3 +70,5 @@ class BackendSettings:
     waiters: int = 10_000
     wait_timeout_s: float = 30.0
     park_after_s: float = 1.0
+    xclient: bool = False
+    proxy: str = "off"
