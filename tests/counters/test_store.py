@@ -7,8 +7,9 @@ import math
 import pytest
 from tests.counters.conftest import NOW
 
-from gatepost.counters import MemoryStore
-from gatepost.counters.store import BAN, CLOCK_BACK_S_MAX, KEY_OCTETS_MAX, LOGIN, PAIR, RECORDS_MAX, VALUE_OCTETS_MAX
+from gatepost.counters import MemoryStore, embedded
+from gatepost.counters import store as store_module
+from gatepost.counters.store import BAN, CLOCK_BACK_S_MAX, KEY_OCTETS_MAX, LOGIN, PAIR, VALUE_OCTETS_MAX
 
 
 def put(store, key, value, ttl_s=60.0, now_s=NOW):
@@ -135,7 +136,8 @@ def test_keys_and_values_are_bounded(store, key, value, kept):
 
 
 def test_beyond_the_greatest_number_of_a_kind_the_oldest_goes(store, monkeypatch):
-    monkeypatch.setitem(RECORDS_MAX, PAIR, 100)
+    for module in (store_module, embedded):
+        monkeypatch.setattr(module, "RECORDS_MAX", 100)
     put(store, BAN + b"a", b"v")
     for number in range(150):
         put(store, PAIR + b"%03d" % number, b"v", 1000.0, NOW + number)

@@ -9,10 +9,11 @@ from tests.counters.conftest import NOW
 
 from gatepost.counters import MailboxWindows
 from gatepost.counters.distinct import MEMBERS_MAX
-from gatepost.counters.windows import ACCOUNTS_MAX, MAILBOX_WINDOW_S_MAX
+from gatepost.counters.windows import MAILBOX_WINDOW_S_MAX
 from gatepost.facts import MailboxLogin
 from gatepost.gate.settings import MailboxServer
 
+ACCOUNTS_MAX = MailboxServer("x", 1).accounts_max
 CLIENT = ip_address("192.0.2.7")
 
 
@@ -21,8 +22,10 @@ def windows(store, digests):
     return MailboxWindows(store, digests)
 
 
-def test_the_default_is_the_setting():
-    assert MailboxServer("x", 1).accounts_max == ACCOUNTS_MAX
+def test_the_default_is_that_of_the_setting(windows):
+    for number in range(ACCOUNTS_MAX):
+        assert windows.logged_in(f"user{number}", CLIENT, NOW)
+    assert not windows.logged_in("one-more", CLIENT, NOW)
 
 
 def test_a_login_opens_a_window_for_its_address_alone(windows):

@@ -143,8 +143,8 @@ class Bans:
 
     def all(self, now_s: float) -> list[Ban]:
         """Every ban in force, by network and account."""
-        items = self._store.items(BAN, now_s, RECORDS_MAX[BAN])
-        items += self._store.items(ACCOUNT_BAN, now_s, RECORDS_MAX[ACCOUNT_BAN])
+        items = self._store.items(BAN, now_s, RECORDS_MAX)
+        items += self._store.items(ACCOUNT_BAN, now_s, RECORDS_MAX)
         return sorted((_ban(item.value) for item in items), key=_order)
 
     def _key_of(self, ban: Ban) -> bytes:

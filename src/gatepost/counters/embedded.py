@@ -30,6 +30,7 @@ import lmdb.verify
 
 from gatepost.counters.store import (
     KEY_OCTETS_MAX,
+    KINDS,
     RECORDS_MAX,
     SWEEP_RECORDS,
     VALUE_OCTETS_MAX,
@@ -41,7 +42,7 @@ from gatepost.counters.store import (
 )
 from gatepost.errors import StorageError
 
-MAP_OCTETS_MAX = 256 << 20  # what the greatest numbers of all kinds need, and half as much again; a file with holes
+MAP_OCTETS_MAX = 384 << 20  # what the greatest numbers of all kinds need, and a third more; a file with holes
 READERS_MAX = 512  # processes that read at the same time
 _BRIM = 0.75  # of the file's pages: beyond it each new record drives out _BRIM_RECORDS; a removal needs free pages, too
 _BRIM_RECORDS = 8
@@ -49,7 +50,7 @@ _BRIM_RECORDS = 8
 _HEAD = struct.Struct(">dd")  # when a record was written, and when it is over
 _END = struct.Struct(">d")  # positive ones sort as octets
 _ENDS = b".ends"  # behind a kind: the database of its keys in the order of their ends
-_DATABASES = 2 * len(RECORDS_MAX)
+_DATABASES = 2 * len(KINDS)
 
 # The binding lets an error through as SystemError where a cursor removes what lies on a damaged page.
 _FAILURES = (lmdb.Error, SystemError)
@@ -101,8 +102,8 @@ class EmbeddedStore:
             self._env.reader_check()  # one that was killed would keep old pages from being used again
             self._brim_pages = _BRIM * map_octets / self._env.stat()["psize"]
             with self._env.begin(write=True) as txn:
-                self._records = {kind: self._env.open_db(kind, txn=txn) for kind in RECORDS_MAX}
-                self._ends = {kind: self._env.open_db(kind + _ENDS, txn=txn) for kind in RECORDS_MAX}
+                self._records = {kind: self._env.open_db(kind, txn=txn) for kind in KINDS}
+                self._ends = {kind: self._env.open_db(kind + _ENDS, txn=txn) for kind in KINDS}
         except (OSError, lmdb.Error) as error:
             self._let_go_of_guard()
             number, why = (
@@ -166,7 +167,7 @@ class EmbeddedStore:
                 new.begin(write=True) as target,
             ):
                 kept = old.dbs(source)
-                for kind in RECORDS_MAX:
+                for kind in KINDS:
                     if kind not in kept:
                         continue  # this version knows a kind that the one before did not
                     records, ends = new.open_db(kind, txn=target), new.open_db(kind + _ENDS, txn=target)
@@ -282,10 +283,10 @@ class EmbeddedStore:
 
     def _make_room(self, txn: lmdb.Transaction[bytes], kind: bytes) -> None:
         """A new record of this kind comes: keep below the greatest number, and away from the end of the file."""
-        if txn.stat(self._records[kind])["entries"] >= RECORDS_MAX[kind]:
+        if txn.stat(self._records[kind])["entries"] >= RECORDS_MAX:
             self._take_first(txn, kind, 1)
         if self._env.info()["last_pgno"] > self._brim_pages:  # the file never shrinks; is it as full as it is long?
-            used = {kind: _pages(txn, self._records[kind]) + _pages(txn, self._ends[kind]) for kind in RECORDS_MAX}
+            used = {kind: _pages(txn, self._records[kind]) + _pages(txn, self._ends[kind]) for kind in KINDS}
             if sum(used.values()) > self._brim_pages:
                 self._take_first(txn, max(used, key=used.__getitem__), _BRIM_RECORDS)
 

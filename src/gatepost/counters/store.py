@@ -4,7 +4,7 @@ Why: guesses, bans, logins and digests differ in meaning only.  Behind these fiv
     the workers of one machine share (``embedded``), in this process's memory (below), or on a server of records.
 Trust: keys and values are made by this package from what strangers chose; both are bounded here once more.
 Promise: no method raises because the store is full or broken: what must go is over already, or would be over first.
-    Each kind of record has its own greatest number, so that no flood of one kind drives out another.
+    Each kind of record has room of its own, so that no flood of one kind drives out another.
 Sources: none.
 """
 
@@ -20,23 +20,14 @@ VALUE_OCTETS_MAX = 4096
 SWEEP_RECORDS = 4  # how many that are over a write takes away, so that it stays short
 CLOCK_BACK_S_MAX = 86_400.0  # a record from further in the future was written by a clock that was wrong
 
-# Kinds of record: the first octet of a key, and how many there may be at most.
+RECORDS_MAX = 65_536  # of each kind
+
+# Kinds of record: the first octet of a key.
 PAIR, USER, PREFIX = b"p", b"u", b"c"  # wrong secrets of (user, prefix) and of a user; users tried from a prefix
-GOOD_ADDRESS, GOOD_PAIR = b"g", b"h"  # good logins: from an address; of a user, from a prefix
+GOOD_ADDRESS, GOOD_PAIR = b"g", b"h"  # good logins: from an address; of a user, from a place
 BAN, ACCOUNT_BAN, LENGTHS = b"b", b"x", b"l"  # of a client; of a client with one account; prefix lengths in use
-LOGIN, LAST_GOOD = b"m", b"f"  # to the mailbox server, from an address; the last good secret of a user
-RECORDS_MAX = {
-    PAIR: 65_536,
-    USER: 32_768,
-    PREFIX: 32_768,
-    GOOD_ADDRESS: 65_536,
-    GOOD_PAIR: 65_536,
-    BAN: 16_384,
-    ACCOUNT_BAN: 16_384,
-    LENGTHS: 1,
-    LOGIN: 65_536,
-    LAST_GOOD: 65_536,
-}
+LOGIN, LAST_GOOD = b"m", b"f"  # to the mailbox server, from an address; the mark of a user's last good secret
+KINDS = (PAIR, USER, PREFIX, GOOD_ADDRESS, GOOD_PAIR, BAN, ACCOUNT_BAN, LENGTHS, LOGIN, LAST_GOOD)
 
 
 class Item(NamedTuple):
@@ -103,7 +94,7 @@ def checked(key: bytes, value: bytes) -> bytes:
     Raises:
         ValueError: a fault of ours.
     """
-    if key[:1] not in RECORDS_MAX or len(key) > KEY_OCTETS_MAX or len(value) > VALUE_OCTETS_MAX:
+    if key[:1] not in KINDS or len(key) > KEY_OCTETS_MAX or len(value) > VALUE_OCTETS_MAX:
         raise ValueError(f"no record: key of {len(key)} octets, value of {len(value)} octets")
     return value
 
@@ -115,7 +106,7 @@ class MemoryStore:
     """
 
     def __init__(self) -> None:
-        self._kinds: dict[bytes, dict[bytes, tuple[bytes, float, float]]] = {kind: {} for kind in RECORDS_MAX}
+        self._kinds: dict[bytes, dict[bytes, tuple[bytes, float, float]]] = {kind: {} for kind in KINDS}
 
     def read(self, keys: Sequence[bytes], now_s: float) -> list[bytes | None]:
         return [self._value(key, now_s) for key in keys]
@@ -133,7 +124,7 @@ class MemoryStore:
         records.pop(key, None)  # the order of the dictionary is that of writing
         for old in [old for old in islice(records, SWEEP_RECORDS) if not holds(*records[old][1:], now_s)]:
             del records[old]
-        while len(records) >= RECORDS_MAX[key[:1]]:
+        while len(records) >= RECORDS_MAX:
             del records[next(iter(records))]
         records[key] = (value, now_s, now_s + ttl_s)
 
@@ -150,4 +141,4 @@ class MemoryStore:
         return list(islice(live, limit))
 
     def close(self) -> None:
-        self._kinds = {kind: {} for kind in RECORDS_MAX}
+        self._kinds = {kind: {} for kind in KINDS}

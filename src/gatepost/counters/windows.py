@@ -20,7 +20,6 @@ from gatepost.facts import IPAddress, MailboxLogin
 
 MAILBOX_WINDOW_S_MAX = 86_400.0
 SHARED_WINDOW_S = 86_400.0  # in which distinct accounts of an address are counted
-ACCOUNTS_MAX = 3
 
 
 class MailboxWindows:
@@ -30,7 +29,7 @@ class MailboxWindows:
         accounts_max: distinct accounts from one address in a day, up to ``distinct.MEMBERS_MAX`` less one.
     """
 
-    def __init__(self, store: Store, digests: Digests, accounts_max: int = ACCOUNTS_MAX) -> None:
+    def __init__(self, store: Store, digests: Digests, accounts_max: int = 3) -> None:
         self._store = store
         self._digests = digests
         self._accounts_max = min(accounts_max, distinct.MEMBERS_MAX - 1)
