@@ -110,6 +110,8 @@ class House:
         self.metrics = ScriptedCounts()
         self.tls = None if tls == "none" else Tls(TlsSettings(), "mx.example.com", data)
         self.shared = False
+        self.first = b""  # what came behind a PROXY header
+        self.faults: list[BaseException] = []
         self.windows: list[tuple[str, str, int, float]] = []
         self.sessions: list[MailboxSession] = []
         self.lines: list[Any] = []
@@ -140,9 +142,15 @@ class House:
         if self.settings.tls == "implicit":
             connection.keep(b"")
         self.sessions.append(session)
-        connection.task = self.loop.create_task(session.run())
+        connection.task = self.loop.create_task(session.run(self.first))
         self.tasks.add(connection.task)
-        connection.task.add_done_callback(self.tasks.discard)
+        connection.task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        fault = None if task.cancelled() else task.exception()
+        if fault is not None:
+            self.faults.append(fault)
 
     def expire(self, reason: Ended) -> None:
         for session in self.sessions:
@@ -1053,6 +1061,70 @@ async def test_a_server_that_closed_in_the_meantime_is_asked_again(stage, role):
     assert stage.server.connections == 2
 
 
+async def test_a_server_that_has_no_name(stage):
+    await stage.set("pop3", settings={"host": "no-such-host.invalid"})
+    peer = await stage.greeted()
+    assert await log_in(peer, "pop3") == UNAVAILABLE["pop3"]
+    peer.writer.transport.abort()
+    assert "the name cannot be looked up" in (await stage.logged())["logins"][0]["why"]
+
+
+async def test_a_server_that_takes_no_login_in_plain_text_is_told_none(stage):
+    await stage.set("pop3", pop3(capa=(b"TOP", b"UIDL")))
+    peer = await stage.greeted()
+    assert await log_in(peer, "pop3") == UNAVAILABLE["pop3"]
+    assert stage.server.heard == [b"CAPA"]
+
+
+async def test_a_server_that_does_not_know_capa(stage):
+    await stage.set("pop3", pop3(capa=None), settings={"tls": "opportunistic"})
+    peer = await stage.greeted()
+    assert await log_in(peer, "pop3") == b"+OK 2 messages"
+
+
+@both
+async def test_a_client_that_leaves_in_the_middle_of_an_exchange(stage, role):
+    await stage.set(role)
+    peer = await stage.greeted()
+    assert await peer.ask(b"AUTH PLAIN" if role == "pop3" else b"a AUTHENTICATE PLAIN") == b"+ \r\n"
+    peer.writer.write_eof()
+    assert await peer.rest() == b""
+    assert (await stage.logged())["end"] == "client closed"
+
+
+@both
+async def test_a_fault_of_ours_ends_one_session_and_opens_nothing(stage, role):
+    await stage.set(role)
+    stage.house.guesses.right = None
+    peer = await stage.greeted()
+    peer.say(b"AUTH PLAIN " + PLAIN + b"\r\n" if role == "pop3" else b"a AUTHENTICATE PLAIN " + PLAIN + b"\r\n")
+    assert await peer.rest() == b""
+    line = await stage.logged()
+    assert line["end"] == "internal error"
+    assert "window" not in line
+    await stage.until(lambda: stage.house.faults)
+    assert stage.house.windows == []
+
+
+@both
+async def test_octets_behind_a_proxy_header_are_the_clients_first(stage, role):
+    await stage.set(role)
+    stage.house.first = b"QUIT\r\n" if role == "pop3" else b"a LOGOUT\r\n"
+    peer = await stage.greeted()
+    assert (await peer.rest()).endswith(b"OK Bye\r\n" if role == "pop3" else b"a OK Done\r\n")
+
+
+@both
+async def test_a_session_that_is_cut_is_logged(stage, role):
+    await stage.set(role)
+    await stage.logged_in()
+    (task,) = stage.house.tasks
+    task.cancel()
+    assert (await stage.logged())["end"] == "cut"
+    async with asyncio.timeout(PATIENCE_S):
+        await stage.server.eof.wait()
+
+
 # ---- IMAP
 
 
@@ -1314,6 +1386,14 @@ async def test_a_certificate_of_somebody_else_is_no_server_of_ours(stage, role, 
     assert not any(SECRET.encode() in line for line in stage.server.heard)
 
 
+@both
+async def test_opportunistic_goes_on_where_the_server_refuses_tls(stage, role):
+    refusal = {"STLS": b"-ERR not now\r\n"} if role == "pop3" else {"STARTTLS": b"%t NO not now\r\n"}
+    script = pop3((*CAPA, b"STLS"), **refusal) if role == "pop3" else imap(IMAP_CAPABILITIES + b" STARTTLS", **refusal)
+    await stage.set(role, script, settings={"tls": "opportunistic"})
+    assert b"OK" in await log_in(await stage.greeted(), role)
+
+
 async def test_opportunistic_takes_any_certificate(stage):
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("elsewhere.test").configure_cert(stranger)
@@ -1379,6 +1459,16 @@ async def test_a_server_that_does_not_read_is_not_flooded_and_misses_nothing(sta
     assert session.lines.unread_octets < 1 << 20
     transport.resume_reading()
     await stage.until(lambda: total - before == lines * 60_000)
+
+
+async def test_a_server_that_never_reads_again_is_left(stage, monkeypatch):
+    monkeypatch.setattr(mailbox_proxy, "SERVER_STALL_S", 0.1)
+    await stage.set("pop3")
+    peer = await stage.logged_in()
+    stage.server.writers[0].transport.pause_reading()
+    for _ in range(400):
+        peer.say(b"y" * 60_000 + b"\r\n")
+    assert (await stage.logged())["end"] == "the server takes no more"
 
 
 @both
@@ -1460,11 +1550,11 @@ async def test_commands_before_the_login_do_not_buy_time(stage, role):
     await stage.set(role)
     peer = await stage.greeted()
     (session,) = stage.house.sessions
-    since = session.connection.since
+    session.connection.since = 0.0
     await peer.ask(b"STAT" if role == "pop3" else b"a NOOP")
-    assert session.connection.since == since
+    assert session.connection.since == 0.0
     await log_in(peer, role, b"wrong")
-    assert session.connection.since > since
+    assert session.connection.since > 0.0
 
 
 def test_who_is_turned_away_hears_it_in_its_own_protocol():

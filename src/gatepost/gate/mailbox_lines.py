@@ -220,19 +220,23 @@ class ImapCommands:
 def _arguments(parts: Sequence[bytes]) -> tuple[bytes, ...] | None:
     """Text and literals by turns, to arguments."""
     found: list[bytes] = []
-    last = len(parts) - 1
-    for number in range(0, len(parts), 2):
-        text, position = parts[number], 0
-        while match := _ARGUMENT.match(text, position):
-            found.append(match[2] if match[1] is None else re.sub(rb"\\(.)", rb"\1", match[1], flags=re.DOTALL))
-            position = match.end()
-        left = text[position:]
-        if number == last:
-            return None if left else tuple(found)
+    for text, literal in zip(parts[:-1:2], parts[1::2], strict=True):
+        arguments, left = _split(text)
         if left != b" ":
             return None
-        found.append(parts[number + 1])
-    return None
+        found += [*arguments, literal]
+    arguments, left = _split(parts[-1])
+    return None if left else (*found, *arguments)
+
+
+def _split(text: bytes) -> tuple[list[bytes], bytes]:
+    """The arguments that a text begins with, and what is left of it."""
+    found: list[bytes] = []
+    position = 0
+    while match := _ARGUMENT.match(text, position):
+        found.append(match[2] if match[1] is None else re.sub(rb"\\(.)", rb"\1", match[1], flags=re.DOTALL))
+        position = match.end()
+    return found, text[position:]
 
 
 # --- Capabilities -----------------------------------------------------------------------------------------------------
