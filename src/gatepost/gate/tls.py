@@ -313,7 +313,10 @@ def _read(files: CertificateFiles, path: str) -> bytes:
         raise _refused(files, error) from error
     if len(octets) > PEM_OCTETS_MAX:
         raise _refused(files, f"{path} has more than {PEM_OCTETS_MAX:,} octets; that is no certificate")
-    if octets.count(b"-----BEGIN ") != octets.count(b"-----END "):
+    last_line = octets.rpartition(b"\n")[2]
+    if octets.count(b"-----BEGIN ") != octets.count(b"-----END ") or (
+        last_line and b"-----BEGIN ".startswith(last_line)
+    ):
         raise _refused(files, f"{path} is half written")
     return octets
 
