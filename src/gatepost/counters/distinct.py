@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import struct
 
+from gatepost.counters.digests import SECRET_DIGEST_OCTETS
+
 MEMBERS_MAX = 32
-MEMBER_OCTETS = 4
+MEMBER_OCTETS = SECRET_DIGEST_OCTETS
 _MEMBER = struct.Struct(f">{MEMBER_OCTETS}sI")
 OCTETS_PER_MEMBER = _MEMBER.size
 
