@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from tests.marked import files_with_it, seen_in
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -61,11 +62,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
     return Rows(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In CI a skipped test is a failed one: there everything is installed that a test may need."""
+    """The judgements that no single test can make; the process that hands out the tests makes them."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if not CI or reporter is None or hasattr(session.config, "workerinput"):
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    _fail_skips_in_ci(session, reporter)
+    _fail_written_secrets(session, reporter)
+
+
+def _fail_written_secrets(session: pytest.Session, reporter: pytest.TerminalReporter) -> None:
+    """The marked password stands in nothing that was written during the suite: no log, no data, no traceback."""
+    directory = session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    written = files_with_it(directory)
+    told = [
+        report.nodeid
+        for reports in reporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport)
+        and any(seen_in(text.encode("utf-8", "replace")) for _, text in report.sections)
+    ]
+    if written or told:
+        places = ", ".join([*map(str, written), *told])
+        reporter.write_line(f"\na password that was typed in a test was written down: {places}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _fail_skips_in_ci(session: pytest.Session, reporter: pytest.TerminalReporter) -> None:
+    """In CI a skipped test is a failed one: there everything is installed that a test may need."""
+    if not CI:
         return
     if skipped := reporter.stats.get("skipped"):
         reporter.write_line("")

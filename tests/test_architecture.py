@@ -45,6 +45,7 @@ HOMES = {
     "sqlalchemy": "store", "sqlite3": "store", "aiosqlite": "store", "asyncpg": "store",
     "lmdb": "counters", "valkey": "counters",
     "fastapi": "console", "starlette": "console", "uvicorn": "console",
+    "argon2": "auth", "scramp": "auth", "joserfc": "auth", "anyldap": "auth",
 }  # fmt: skip
 
 NOT_THERE_ON_PURPOSE = {"utils", "common", "helpers", "models", "types", "handlers", "managers", "core"}
@@ -179,8 +180,9 @@ def test_every_exception_of_ours_stands_in_errors() -> None:
 def test_the_project_depends_on_what_it_imports_and_nothing_else() -> None:
     """Each dependency at run time is imported somewhere, and each import from outside is a dependency."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    declared = {re.split(r"[^A-Za-z0-9-]", one)[0].lower() for one in project["dependencies"]}
-    modules = {"prometheus-client": "prometheus_client"}
+    optional = [one for extra in project["optional-dependencies"].values() for one in extra]
+    declared = {re.split(r"[^A-Za-z0-9-]", one)[0].lower() for one in [*project["dependencies"], *optional]}
+    modules = {"prometheus-client": "prometheus_client", "argon2-cffi": "argon2", "pyopenssl": "OpenSSL"}
     wanted = {modules.get(one, one) for one in declared}
     imported = {one.partition(".")[0] for module in MODULES for one in imports(module)}
     outside = {one for one in imported if one not in sys.stdlib_module_names and one != "gatepost"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.gate.scripted_gate import Peer, Trial, unlimited
+from tests.marked import MARKED
 
 from gatepost.auth import Credentials, Denied, Outcome, Unavailable, Verified
 from gatepost.auth.accounts import AccountStore
@@ -21,7 +22,7 @@ from gatepost.smtp.path import Pattern
 from gatepost.smtp.sasl import Password
 from gatepost.telemetry import REPLIES
 
-SECRET = "correct horse"
+SECRET = MARKED
 INVALID = "535 5.7.8 Authentication credentials invalid"
 WELCOME = "235 2.7.0 Authentication succeeded"
 ANYBODY = TrustEntry("g.toml:20", accounts=("*",), why="our people")
@@ -168,7 +169,10 @@ async def test_auth_has_its_place_in_the_dialogue(trial):
     await opened(trial)
     peer = await trial.connect(listen="submission")
     await peer.reply()
-    assert (await peer.ask(f"AUTH PLAIN {plain('alice', SECRET)}")).startswith("502")  # nothing was offered before EHLO
+    for hello in ("", "HELO client.test"):
+        if hello:
+            assert (await peer.ask(hello)).startswith("250")
+        assert (await peer.ask(f"AUTH PLAIN {plain('alice', SECRET)}")).startswith("503 "), hello
     await peer.ask("EHLO client.test")
     assert await peer.ask(f"AUTH PLAIN {plain('alice', SECRET)}") == WELCOME
     assert await peer.ask(f"AUTH PLAIN {plain('bob', 'battery staple')}") == "503 5.5.1 You are authenticated already"
