@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from cyclopts import App
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
@@ -50,6 +51,7 @@ does not load leaves the one before it in force.
   file's content. A secret is never shown or written back.
 - **Paths** that are relative count from the directory of the configuration.
 - Where a key takes a list, a single value may stand without brackets.
+- **Accounts** are compared without case. `"*"` stands for all of them.
 - **Unknown keys are refused**, and so are keys whose work this version does not do where that would let more mail
   through, or lose mail. Where it only refuses more, there is a warning.
 """
@@ -95,19 +97,31 @@ def configuration() -> str:
     parts = [head("configuration"), CONFIGURATION_HEAD]
     for title, model in tables():
         parts.append(f"## {title}\n\n{paragraph(model)}\n\n{table(model)}")
+        root = title.strip("`[]")
+        for part, names in parts_of(root).items():
+            labels = ", ".join(f"`[{root}.{name}]`" for name in names)
+            parts.append(f"### {labels}\n\n{paragraph(part)}\n\n{table(part)}")
     parts.append(CONFIGURATION_TAIL)
     return "\n".join(parts)
 
 
 def tables() -> Iterator[tuple[str, type[schema.Table]]]:
-    order = ("gate", "listen", "tls", "domains", "backend", "route", "trust", "deny", "auth", "limits", "timeouts")
-    for name in (*order, "console", "store", "counters"):
+    order = ("gate", "listen", "tls", "domains", "backend", "route", "trust", "deny", "auth", "send_as", "limits")
+    for name in (*order, "timeouts", "console", "store", "counters"):
         if name in schema.SECTIONS:
             yield f"`[{name}]`", schema.SECTIONS[name]
         elif name in schema.ENTRIES:
             yield f"`[[{name}]]`", schema.ENTRIES[name]
         else:
             yield f"`[{name}.NAME]`", schema.NAMED[name]
+
+
+def parts_of(root: str) -> dict[type[schema.Table], list[str]]:
+    """The [root.part] tables, those of one form together."""
+    parts: dict[type[schema.Table], list[str]] = {}
+    for name, model in schema.SUBTABLES.get(root, {}).items():
+        parts.setdefault(model, []).append(name)
+    return parts
 
 
 def paragraph(model: type[schema.Table]) -> str:
@@ -171,16 +185,28 @@ def commands() -> str:
     parts = [head("commands"), COMMANDS_HEAD]
     for name, _ in cli.COMMANDS:
         parts.append(f"## `gatepost {name}`\n\n```text\n{help_text(name)}```\n")
+        parts += [
+            f"### `gatepost {' '.join(words)}`\n\n```text\n{help_text(*words)}```\n"
+            for words in subcommands(cli.build()[name], name)
+        ]
     return "\n".join(parts)
 
 
-def help_text(name: str) -> str:
-    """What ``gatepost NAME --help`` prints in a pipe, folded as on a terminal of a hundred columns."""
+def subcommands(app: App, *above: str) -> Iterator[tuple[str, ...]]:
+    """The commands below one, as they are typed."""
+    for name in app:
+        if not name.startswith("-"):
+            yield (*above, name)
+            yield from subcommands(app[name], *above, name)
+
+
+def help_text(*words: str) -> str:
+    """What ``gatepost WORDS --help`` prints in a pipe, folded as on a terminal of a hundred columns."""
     out = io.StringIO()
     app = cli.build()
     app.console = Console(file=out, width=100, no_color=True, force_terminal=False, legacy_windows=False)
     with contextlib.suppress(SystemExit):
-        app([name, "--help"], exit_on_error=False)
+        app([*words, "--help"], exit_on_error=False)
     return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines()) + "\n"
 
 

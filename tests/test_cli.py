@@ -333,16 +333,23 @@ def test_explain_tls_helo_account_and_listener(here, capsys):
     Path("gatepost.toml").write_text(
         CONFIG.replace('why = "office', 'tls_minimum = "1.2"\nwhy = "office')
         + '[[deny]]\nhelo = "bad.test"\n[[trust]]\naccounts = ["anna"]\n[[trust]]\nlisten = "inside"\n'
+        + f'[[trust]]\ncertificate = "{"ab" * 32}"\n[[trust]]\npop3 = "30m"\n'
     )
     who = {"client": "10.1.2.3", "reverse_path": "a@example.com"}
     assert explain(capsys, "b@y.example", **who)[0] == 1
     assert explain(capsys, "b@y.example", "--tls", "1.1", **who)[0] == 1
     assert explain(capsys, "b@y.example", "--tls", "1.3", **who)[0] == 0
     assert explain(capsys, "b@y.example", "--tls", "1.3", "--helo", "BAD.test", **who)[0] == 1
-    code, out, _ = explain(capsys, "b@y.example", "--account", "anna")
-    assert code == 0
-    assert "note    this version verifies no login, so that no client has an account yet\n" in out
-    assert explain(capsys, "b@y.example", "--account", "ben")[0] == 1
+    assert explain(capsys, "b@y.example", "--account", "Anna", reverse_path="anna@example.com")[0] == 0
+    assert explain(capsys, "b@y.example", "--account", "ben", reverse_path="ben@example.com")[0] == 1
+    code, out, _ = explain(capsys, "b@y.example", "--account", "anna", reverse_path="ben@example.com")
+    assert code == 1
+    assert "REFUSED with 550 5.7.1 Sending as this address is prohibited: expected anna@example.com\n" in out
+    assert explain(capsys, "b@y.example", "--certificate", ":".join(["AB"] * 32))[0] == 0
+    assert explain(capsys, "b@y.example", "--certificate", "abcd")[0] == 2
+    assert explain(capsys, "b@y.example", "--mailbox-login", "29m")[0] == 0
+    assert explain(capsys, "b@y.example", "--mailbox-login", "30m")[0] == 1
+    assert explain(capsys, "b@y.example", "--mailbox-login", "soon")[0] == 2
     assert explain(capsys, "b@y.example", "--listen", "inside")[0] == 0
 
 

@@ -2,8 +2,8 @@
 
 Why: a mail server that cannot authenticate, or does it badly, gets it done in front of it; against our own accounts or
     against whatever server knows its users already.
-Trust: user names, secrets and tokens are a stranger's octets, bounded and decoded by ``smtp.sasl``; the servers that are
-    asked belong to the administrator, and what they answer is bounded even so.
+Trust: user names, secrets and tokens are a stranger's octets, bounded and decoded by ``smtp.sasl``; the servers that
+    are asked belong to the administrator, and what they answer is bounded even so.
 Promise: an ``Outcome`` is yes, no or unknown.  A server that is out of reach, slow or odd is ``Unavailable``: never a
     yes, and never counted as a wrong password.  No secret is in an outcome, an exception, a log line or a repr.
 Sources: RFC 4422 (SASL), RFC 4954 (AUTH).

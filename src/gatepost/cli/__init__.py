@@ -101,11 +101,12 @@ def _dispatch(tokens: list[str]) -> int:
 
 
 def _command_first(tokens: list[str]) -> list[str]:
-    """``gatepost --config FILE check`` means ``gatepost check --config FILE``."""
+    """``gatepost --config FILE ban list`` means ``gatepost ban list --config FILE``."""
     for length in (2, 1):
         head, rest = tokens[:length], tokens[length:]
         if head and rest and (head[0] == "--config" if length == 2 else head[0].startswith("--config=")):
-            return [rest[0], *head, *rest[1:]]
+            end = rest.index("--") if "--" in rest else len(rest)
+            return [*rest[:end], *head, *rest[end:]]
     return tokens
 
 

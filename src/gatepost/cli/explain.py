@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter
 
 from gatepost import config
+from gatepost.auth.accounts import account_name
 from gatepost.cli import BAD_NEWS, DONE
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
+from gatepost.config import values
 from gatepost.errors import GatepostError
-from gatepost.facts import Client, Identity, IPAddress, Session, Transaction, client_address
+from gatepost.facts import Client, Identity, IPAddress, MailboxLogin, Session, Transaction, client_address
 from gatepost.gate.settings import GateSettings, ListenSettings
-from gatepost.policy import explanation
+from gatepost.policy import admission, explanation, relay
 from gatepost.policy.relay import RelayRules
 from gatepost.resolver import Certainty, Resolver
 from gatepost.smtp.path import ForwardPath, PathDefect, parse_forward_path, parse_reverse_path
 from gatepost.smtp.reply import Reply
 from gatepost.verdict import Admit, Defer, LocalDomain, Refuse, RelayVerdict
+
+T = TypeVar("T")
 
 
 def explain(
@@ -30,6 +35,12 @@ def explain(
     ],
     forward_path: Annotated[str, Parameter(help="Whom it is for, as in RCPT TO.")],
     account: Annotated[str | None, Parameter(help="The account that the client logged in to.")] = None,
+    certificate: Annotated[
+        str | None, Parameter(help="SHA-256 of the certificate that the client showed, hexadecimal.")
+    ] = None,
+    mailbox_login: Annotated[
+        str | None, Parameter(help='How long ago somebody read mail from the client\'s address, such as "5m".')
+    ] = None,
     listen: Annotated[
         str | None, Parameter(help="The listener that the client came to. Default: the first of role mx.")
     ] = None,
@@ -63,8 +74,7 @@ def explain(
         answer |= _defect(forward.reply, "forward_path")
     else:
         hosts, notes = asyncio.run(_hosts(gate.rules, address))
-        if account is not None:
-            notes.append("this version verifies no login, so that no client has an account yet")
+        now = datetime.now(UTC).timestamp()
         session = Session(
             reference="",
             client=Client(address, 0),
@@ -73,12 +83,13 @@ def explain(
             hello=helo,
             esmtp=True,
             tls="" if tls is None else f"TLSv{tls}",
-            identity=None if account is None else Identity(account, "PLAIN"),
+            identity=None if account is None else Identity(account_name(account) or account.lower(), "PLAIN"),
             hosts=hosts,
             auth_required=listener.auth == "required",
+            certificate=_value(values.fingerprint, "--certificate", certificate) or "",
+            mailbox_login=_mailbox_login(mailbox_login, now),
         )
-        now = datetime.now(UTC).timestamp()
-        answer |= _decided(gate.rules, Transaction(session, reverse, 0, now), forward) | {"notes": notes}
+        answer |= _decided(gate, listener, Transaction(session, reverse, 0, now), forward) | {"notes": notes}
     if as_json:
         say_json(answer)
     else:
@@ -101,6 +112,19 @@ def _listener(gate: GateSettings, name: str | None) -> ListenSettings:
             return listen
     names = ", ".join(listen.name for listen in gate.listens)
     raise GatepostError(f'--listen "{name}": there is no such listener; the configuration has {names}')
+
+
+def _value(read: Callable[[object], T], option: str, written: str | None) -> T | None:
+    """An option's value, read as the configuration reads it."""
+    try:
+        return None if written is None else read(written)
+    except ValueError as error:
+        raise GatepostError(f'{option} "{written}": {error}') from None
+
+
+def _mailbox_login(ago: str | None, now: float) -> MailboxLogin | None:
+    seconds = _value(values.duration_s, "--mailbox-login", ago)
+    return None if seconds is None else MailboxLogin("somebody", now - seconds)
 
 
 def _path_octets(written: str) -> bytes:
@@ -141,7 +165,14 @@ async def _hosts(rules: RelayRules, address: IPAddress) -> tuple[tuple[str, ...]
     return tuple(name for name, answer in zip(names, answers, strict=True) if address in answer.addresses), notes
 
 
-def _decided(rules: RelayRules, transaction: Transaction, forward_path: ForwardPath) -> dict[str, Any]:
+def _decided(
+    gate: GateSettings, listener: ListenSettings, transaction: Transaction, forward_path: ForwardPath
+) -> dict[str, Any]:
+    rules, identity = gate.rules, transaction.session.identity
+    if identity is not None and listener.send_as == "enforce":
+        refusal = admission.send_as(gate.send_as, identity, transaction.reverse_path, transaction.now)
+        if refusal is not None and relay.denied(rules, transaction) is None:
+            return _not_as_that(refusal)
     verdict, changes = explanation.explain(rules, transaction, forward_path)
     return {
         "verdict": {Admit: "admit", Defer: "defer", Refuse: "refuse"}[type(verdict)],
@@ -151,6 +182,19 @@ def _decided(rules: RelayRules, transaction: Transaction, forward_path: ForwardP
         "detail": "" if isinstance(verdict, Admit) else verdict.detail,
         "backend": verdict.recipient.backend if isinstance(verdict, Admit) else None,
         "changes": [{"condition": change.condition, "where": change.where} for change in changes],
+    }
+
+
+def _not_as_that(refusal: Refuse) -> dict[str, Any]:
+    """Refused at MAIL FROM: the account sends as somebody else."""
+    return {
+        "verdict": "refuse",
+        "reason": refusal.reason.name.lower(),
+        "reply": refusal.reason.reply(hint=refusal.hint).octets().decode().rstrip(),
+        "rule": None,
+        "detail": f"{refusal.detail}; [[send_as]] grants other addresses",
+        "backend": None,
+        "changes": [{"condition": f"the reverse-path were the account's own ({refusal.hint})", "where": ""}],
     }
 
 

@@ -19,6 +19,7 @@ from gatepost.backend.settings import BackendAddress
 from gatepost.config import values
 from gatepost.counters.distinct import MEMBERS_MAX
 from gatepost.counters.guesses import GuessLimits
+from gatepost.counters.windows import ACCOUNTS_MAX
 from gatepost.gate.settings import Limits, Timeouts
 from gatepost.policy.relay import IPNetwork
 from gatepost.smtp.path import Pattern
@@ -214,9 +215,9 @@ class Listen(Table):
         "certificate not judged), required (never without, judged) or implicit (TLS from the first octet, judged).",
     )
     accounts_per_address: int = Field(
-        3,
+        ACCOUNTS_MAX,
         ge=1,
-        le=1000,
+        le=MEMBERS_MAX - 1,
         description="Of a listener of role pop3 or imap: an address from which more accounts than so many logged in "
         "within a day is shared by many clients, and no login from there lets anybody send.",
     )

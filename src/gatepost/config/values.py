@@ -16,6 +16,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Any
 
+from gatepost.auth.accounts import account_name
 from gatepost.backend.settings import BackendAddress, EmbeddedMailboxes, LmtpSocket, SmtpAddress
 from gatepost.facts import IPAddress
 from gatepost.policy.relay import IPNetwork, literal_text
@@ -250,7 +251,7 @@ def account(value: object) -> str:
         raise ValueError(
             f'an account has a name of 1 to {ACCOUNT_OCTETS_MAX} octets, such as "alice" or "alice@example.com"'
         )
-    return written.lower()
+    return account_name(written) or written.lower()  # another server's accounts may have names that ours do not
 
 
 def backend_address(value: object) -> BackendAddress:
