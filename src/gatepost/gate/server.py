@@ -574,6 +574,8 @@ class Server:
             self._sweeper.cancel()
         if self._counts is not None:
             self._counts.close()
+        if self._store is not None:
+            self._store.close()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it ends; its exception, a fault of ours, is logged."""

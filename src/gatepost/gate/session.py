@@ -67,6 +67,7 @@ _NO_TLS = Reply(502, "TLS is not offered on this connection", "5.5.1")
 _TLS_IS_ON = Reply(503, "TLS is on already", "5.5.1")
 _NO_AUTH = Reply(502, "AUTH is not offered on this connection", "5.5.1")
 _NO_MECHANISM = Reply(504, "This mechanism is not offered here", "5.5.4")  # RFC 4954 §4
+_EHLO_FIRST = Reply(503, "Say EHLO first", "5.5.1")
 _AUTHENTICATED = Reply(503, "You are authenticated already", "5.5.1")  # RFC 4954 §4
 _NO_CLIENT = Reply(550, "XCLIENT must say who the client is; closing", "5.7.1")
 _NO_XCLIENT = Reply(502, "XCLIENT is not offered on this connection", "5.5.1")
@@ -124,11 +125,11 @@ class Session:
         self.counted = client.address  # as whom the server counted this session
         self.facts = self._facts_of(client, server.new_reference())
         self._front: Client | None = None  # a listed front end, once it said by XCLIENT who its client is
+        self.engine = self._new_engine()
         self._secured: Secured | None = None
         self._exchange: tuple[str, Exchange] | None = None
         self._logins: list[LoginRecord] = []
         self.transaction: TransactionFacts | None = None
-        self.engine = self._new_engine()
         self._started = time.time()  # noqa: TID251 - the gate is where the clock enters
         self._mail: Mail | None = None
         self._backend: Backend | None = None
@@ -172,7 +173,10 @@ class Session:
                 for entry in relay.grants(self.server.settings.rules, self.facts)
             )
         )
-        self.connection.reader = engine = ServerEngine(frozenset(), self.server.content_limits[normalise])
+        # Before EHLO nothing is offered, but these verbs have a place in the dialogue, and are told so.
+        early = {"AUTH"} if self.listener.takes_logins(tls=bool(self.facts.tls)) else set()
+        early |= {"XCLIENT"} if self._is_front else set()
+        self.connection.reader = engine = ServerEngine(frozenset(early), self.server.content_limits[normalise])
         return engine
 
     # ---- the loop
@@ -399,6 +403,8 @@ class Session:
         """AUTH: who is it?  RFC 4954 §4."""
         if not self.listener.takes_logins(tls=bool(self.facts.tls)):
             return _NO_AUTH
+        if not self.facts.esmtp:  # RFC 4954 §4: HELO offers nothing
+            return _EHLO_FIRST
         if self.facts.identity is not None:
             return _AUTHENTICATED
         exchange = self.server.logins.exchange(command.mechanism, self.facts.client.address, self._bindings)
