@@ -121,6 +121,23 @@ class Content:
         if rest:
             yield rest
 
+    def header_section(self) -> bytes:
+        """What stands before the first empty line, each line with its CRLF; no longer than it was let in.
+
+        Source: RFC 5322 §2.1.
+
+        Raises:
+            StorageError: as ``chunks``.
+        """
+        parts: list[bytes] = []
+        for chunk in self.chunks():  # whole lines, so that an empty one is never cut in two
+            end = 0 if chunk.startswith(b"\r\n") else chunk.find(b"\r\n\r\n") + 2
+            if end != 1:
+                parts.append(chunk[:end])
+                break
+            parts.append(chunk)
+        return b"".join(parts)
+
     def close(self) -> None:
         """Forget the content."""
         self._release()
