@@ -11,7 +11,14 @@ import pytest_asyncio
 import uvloop
 from tests.gate.scripted_gate import Trial
 
-BOTH_LOOPS = {"test_session.py", "test_server.py", "test_connection.py", "test_logins.py", "test_certificates.py"}
+BOTH_LOOPS = {
+    "test_session.py",
+    "test_server.py",
+    "test_connection.py",
+    "test_logins.py",
+    "test_mailbox_proxy.py",
+    "test_certificates.py",
+}
 
 
 def pytest_asyncio_loop_factories(

@@ -665,6 +665,10 @@ class Server:
         """Guesses of passwords, whatever the protocol."""
         return self.logins.guard
 
+    async def is_bait(self, user: str) -> bool:
+        """Whether this is an account that nobody uses: whoever tries it is an attacker."""
+        return await self.logins.authenticator.is_bait(user)
+
     def mailbox_login(self, address: IPAddress) -> MailboxLogin | None:
         """The last login from this address to the mailbox server behind us, where some grant asks for it."""
         return self._windows.last(address, self.now_s()) if self._windows is not None else None
