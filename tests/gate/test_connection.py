@@ -7,14 +7,17 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from hashlib import sha256
 
 import pytest
 import pytest_asyncio
+import trustme
 from tests.gate.scripted_gate import PATIENCE_S, Peer, Trial
 
 from gatepost.gate.connection import READ_HIGH_OCTETS
 from gatepost.gate.server import LINGER_S
 from gatepost.gate.settings import ListenSettings, Timeouts
+from gatepost.policy.relay import TrustEntry
 from gatepost.telemetry import REPLIES
 
 BODY = b"Subject: x\r\n\r\nHello\r\n"
@@ -200,6 +203,11 @@ async def test_a_peer_that_reads_nothing_at_all_is_cut_when_its_time_is_over(tri
 # ---- TLS
 
 
+# Where a rule names a certificate, TLS is another library's: all must hold for both.
+CERTIFIED = TrustEntry("g.toml:9", certificate="ab" * 32)
+either_way = pytest.mark.parametrize("rules", [{}, {"trust": (CERTIFIED,)}], ids=["loop", "asking"])
+
+
 def trusting() -> ssl.SSLContext:
     """A client that takes any certificate, as mail servers do."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -214,8 +222,9 @@ async def secured(peer: Peer) -> None:
         await peer.writer.start_tls(trusting())
 
 
-async def test_behind_starttls_nothing_is_known_and_it_is_not_offered_again(trial):
-    await trial.apply(listens=TLS)
+@either_way
+async def test_behind_starttls_nothing_is_known_and_it_is_not_offered_again(trial, rules):
+    await trial.apply(listens=TLS, **rules)
     peer = await trial.connect()
     await peer.reply()
     assert "250-STARTTLS" in await peer.ask("EHLO client.test")
@@ -244,8 +253,9 @@ async def test_starttls_is_offered_only_where_it_is_configured(trial):
     assert (await peer.ask("NOOP")).startswith("250 ")
 
 
-async def test_commands_behind_starttls_are_executed_neither_outside_nor_inside(trial):
-    await trial.apply(listens=TLS)
+@either_way
+async def test_commands_behind_starttls_are_executed_neither_outside_nor_inside(trial, rules):
+    await trial.apply(listens=TLS, **rules)
     peer = await trial.greeted()
     await peer.say(b"STARTTLS\r\nMAIL FROM:<mallory@client.test>\r\n")
     assert (await peer.rest()).startswith("554 5.5.0 ")
@@ -254,8 +264,9 @@ async def test_commands_behind_starttls_are_executed_neither_outside_nor_inside(
     assert line["end"] == "octets behind STARTTLS"
 
 
-async def test_plain_text_where_the_handshake_belongs_ends_the_session(trial):
-    await trial.apply(listens=TLS)
+@either_way
+async def test_plain_text_where_the_handshake_belongs_ends_the_session(trial, rules):
+    await trial.apply(listens=TLS, **rules)
     peer = await trial.greeted()
     assert (await peer.ask("STARTTLS")).startswith("220 ")
     await peer.say(b"EHLO again.test\r\nMAIL FROM:<a@client.test>\r\n")
@@ -270,8 +281,9 @@ async def test_plain_text_where_the_handshake_belongs_ends_the_session(trial):
     assert trial.lines("fault") == []
 
 
-async def test_a_handshake_that_does_not_come_ends_the_session(trial):
-    await trial.apply(listens=TLS, timeouts=Timeouts(tls_handshake_s=0.05))
+@either_way
+async def test_a_handshake_that_does_not_come_ends_the_session(trial, rules):
+    await trial.apply(listens=TLS, timeouts=Timeouts(tls_handshake_s=0.05), **rules)
     peer = await trial.greeted()
     assert (await peer.ask("STARTTLS")).startswith("220 ")
     await peer.over()
@@ -280,9 +292,10 @@ async def test_a_handshake_that_does_not_come_ends_the_session(trial):
     assert trial.lines("fault") == []
 
 
-async def test_implicit_tls_speaks_first_behind_the_handshake(trial):
+@either_way
+async def test_implicit_tls_speaks_first_behind_the_handshake(trial, rules):
     listen = ListenSettings("mx", (("127.0.0.1", 0),), tls="implicit")
-    await trial.apply(listens=(listen,))
+    await trial.apply(listens=(listen,), **rules)
     reader, writer = await asyncio.open_connection(*trial.address(), ssl=trusting())
     peer = Peer(reader, writer)
     trial.peers.append(peer)
@@ -295,9 +308,12 @@ async def test_implicit_tls_speaks_first_behind_the_handshake(trial):
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 1000])
 @pytest.mark.parametrize("proxied", [False, True])
-async def test_a_client_hello_that_is_there_already_is_not_lost(trial, proxied, cut):
+@either_way
+async def test_a_client_hello_that_is_there_already_is_not_lost(trial, rules, proxied, cut):
     networks = ("127.0.0.1/32",) if proxied else ()
-    await trial.apply(listens=(ListenSettings("mx", (("127.0.0.1", 0),), tls="implicit", proxy_from=networks),))
+    await trial.apply(
+        listens=(ListenSettings("mx", (("127.0.0.1", 0),), tls="implicit", proxy_from=networks),), **rules
+    )
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = trusting().wrap_bio(incoming, outgoing)
     with pytest.raises(ssl.SSLWantReadError):
@@ -324,9 +340,10 @@ async def test_a_client_hello_that_is_there_already_is_not_lost(trial, proxied, 
     assert line["client"] == ("192.0.2.7" if proxied else "127.0.0.1")
 
 
-async def test_plain_text_to_implicit_tls_hears_no_smtp(trial):
+@either_way
+async def test_plain_text_to_implicit_tls_hears_no_smtp(trial, rules):
     listen = ListenSettings("mx", (("127.0.0.1", 0),), tls="implicit")
-    await trial.apply(listens=(listen,))
+    await trial.apply(listens=(listen,), **rules)
     peer = await trial.connect()
     await peer.say(b"EHLO client.test\r\n")
     async with asyncio.timeout(PATIENCE_S):
@@ -334,3 +351,20 @@ async def test_plain_text_to_implicit_tls_hears_no_smtp(trial):
             assert b"220" not in await peer.reader.read()
     (line,) = await trial.logged()
     assert line["end"].startswith("TLS handshake failed")
+
+
+async def test_a_certificate_of_a_rule_opens_what_it_grants_and_another_does_not(trial):
+    known, unknown = (trustme.CA().issue_cert("printer.test") for _ in range(2))
+    der = ssl.PEM_cert_to_DER_cert(known.cert_chain_pems[0].bytes().decode())
+    await trial.apply(listens=TLS, trust=(TrustEntry("g.toml:9", certificate=sha256(der).hexdigest()),))
+    for certificate, answer in ((known, "250 "), (unknown, "550 "), (None, "550 ")):
+        peer = await trial.greeted()
+        context = trusting()
+        if certificate is not None:
+            certificate.configure_cert(context)
+        assert (await peer.ask("STARTTLS")).startswith("220 ")
+        async with asyncio.timeout(PATIENCE_S):
+            await peer.writer.start_tls(context)
+        replies = await peer.asked("EHLO printer.test", "MAIL FROM:<scan@example.com>", "RCPT TO:<a@elsewhere.test>")
+        assert replies[2].startswith(answer), replies
+        assert (await peer.ask("QUIT")).startswith("221 ")
