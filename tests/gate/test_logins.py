@@ -485,3 +485,25 @@ async def test_a_login_to_the_mailbox_opens_a_window_for_its_address(trial):
     other = await trial.greeted("127.0.0.8")
     await other.ask("MAIL FROM:<>")
     assert (await other.ask("RCPT TO:<v@elsewhere.test>")).startswith("550 5.7.1 Relaying is prohibited [")
+
+
+# ---- devices
+
+
+async def test_a_named_device_need_not_know_its_own_name(trial):
+    printer = TrustEntry("g.toml:50", network=ip_network("127.0.0.9/32"))
+    await trial.apply(trust=(printer,))
+    for hello in ("EHLO", "HELO", "EHLO "):
+        peer = await trial.connect("127.0.0.9")
+        await peer.reply()
+        assert (await peer.ask(hello)).startswith("250"), hello
+        assert (await peer.ask("EHLO")).startswith("250")
+        assert (await peer.asked("MAIL FROM:<>", "RCPT TO:<v@elsewhere.test>"))[-1].startswith("250")
+        await peer.ask("QUIT")
+    stranger = await trial.connect("127.0.0.8")
+    await stranger.reply()
+    assert (await stranger.ask("EHLO")).startswith("501")
+    await trial.apply(trust=(replace(printer, expires_at=trial.now_s),))
+    late = await trial.connect("127.0.0.9")
+    await late.reply()
+    assert (await late.ask("EHLO")).startswith("501")

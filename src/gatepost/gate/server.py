@@ -389,7 +389,6 @@ class Server:
         self.greeting = self.goodbye = Reply(421, "starting")
         self.memory: Memory
         self.content_limits: list[ContentLimits] = []
-        self.some_normalise = False
         self.some_old_tls = False
         self.asks_for_certificates = False
         self.rates: Rates
@@ -439,7 +438,6 @@ class Server:
         self.rates = Rates(self._counts, settings)
         self.memory = Memory(settings.limits.memory_octets, settings.limits.message_memory_octets, temporary)
         self.content_limits = [_content_limits(settings.limits, normalise=normalise) for normalise in (False, True)]
-        self.some_normalise = any(entry.bare_newlines == "normalise" for entry in settings.rules.trust)
         self._take_logins(settings, authenticator)
         self.greeting = Reply(220, f"{settings.name} ESMTP Gatepost")
         self.goodbye = Reply(221, f"{settings.name} closing", "2.0.0")

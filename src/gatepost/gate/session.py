@@ -25,7 +25,22 @@ from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.trace import trace_field, trace_head
 from gatepost.policy import admission, relay
 from gatepost.smtp import sasl
-from gatepost.smtp.command import Auth, Data, Expn, Hello, Help, Mail, Noop, Quit, Rcpt, Rset, StartTls, Vrfy, Xclient
+from gatepost.smtp.command import (
+    NAMELESS,
+    Auth,
+    Data,
+    Expn,
+    Hello,
+    Help,
+    Mail,
+    Noop,
+    Quit,
+    Rcpt,
+    Rset,
+    StartTls,
+    Vrfy,
+    Xclient,
+)
 from gatepost.smtp.header import HeaderDefect, author_addresses
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.server import (
@@ -53,6 +68,8 @@ RECIPIENTS_LOGGED = 200  # of one transaction
 TRANSACTIONS_LOGGED = 100  # in one line; a longer session gets several lines
 LOGINS_LOGGED = 10  # the last of a session
 REPLIES_UNSENT = 100  # replies are collected while the client pipelines, but no more than so many
+
+_NAMELESS: Final = frozenset({NAMELESS})
 
 _OK = Reply(250, "OK", "2.0.0")
 _RESET = Reply(250, "Forgotten", "2.0.0")
@@ -97,6 +114,7 @@ class Session:
         "_head",
         "_head_of",
         "_head_utf8",
+        "_lax",
         "_logins",
         "_mail",
         "_message_number",
@@ -166,17 +184,18 @@ class Session:
 
     def _new_engine(self) -> ServerEngine:
         """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
-        normalise = self.listener.settings.bare_newlines == "normalise" or (
-            self.server.some_normalise
-            and any(
-                entry.bare_newlines == "normalise" and not relay.expired(entry, time.time())  # noqa: TID251
-                for entry in relay.grants(self.server.settings.rules, self.facts)
-            )
-        )
+        settings, now = self.listener.settings, time.time()  # noqa: TID251
+        grants = [
+            entry for entry in relay.grants(self.server.settings.rules, self.facts) if not relay.expired(entry, now)
+        ]
+        normalise = "normalise" in {settings.bare_newlines, *(entry.bare_newlines for entry in grants)}
+        # A device that somebody named here, or that stands inside, need not know its own name.
+        named = settings.role == "inside" or any(entry.network is not None or entry.host for entry in grants)
+        self._lax = _NAMELESS if named else frozenset()
         # Before EHLO nothing is offered, but these verbs have a place in the dialogue, and are told so.
         early = {"AUTH"} if self.listener.takes_logins(tls=bool(self.facts.tls)) else set()
         early |= {"XCLIENT"} if self._is_front else set()
-        self.connection.reader = engine = ServerEngine(frozenset(early), self.server.content_limits[normalise])
+        self.connection.reader = engine = ServerEngine(self._lax.union(early), self.server.content_limits[normalise])
         return engine
 
     # ---- the loop
@@ -319,6 +338,8 @@ class Session:
         reply, self.engine.offered = self.server.hello_reply(
             self.listener, esmtp=esmtp, tls=tls, mechanisms=mechanisms, front=self._is_front
         )
+        if self._lax:
+            self.engine.offered |= self._lax
         return reply
 
     @property

@@ -4,10 +4,10 @@ Why: STARTTLS with a certificate nobody vouches for still hides mail from those 
     Mail is encrypted opportunistically: who is refused a handshake sends in plain text, so that everything offered is
     good and forward secret, and no more is refused than must be (docs/tls.md has the choice and its reasons).
 Trust: certificate and key files are the administrator's, but may be half written.  The name that a client asks for
-    (SNI) is hostile: it chooses among our certificates and nothing else, and no name makes a handshake fail.
+    (SNI) is hostile: it chooses among our certificates and nothing else; one that nobody has gets the first.
 Promise: contexts that belong together have one oldest version, whatever name is asked for; certificates are read
-    once, and are used as they were read or not at all; the private key that is made is readable by its owner alone
-    and complete or absent; no session is resumed by ticket, so that no key outlives its connection.
+    once, and are used as they were read or not at all; no ticket is given, so that no key of ours could open what was
+    recorded; the private key that is made is readable by its owner alone and complete or absent.
 Sources: RFC 3207 (STARTTLS), RFC 8314 (implicit TLS), RFC 8996 (TLS 1.0 and 1.1 are out of use), RFC 6066 §3 (SNI),
     RFC 6125 §6.4.3 (wildcards), RFC 9325 (recommendations), RFC 5929 and RFC 9266 (channel bindings).
 """

@@ -118,8 +118,15 @@ NO_MAIL_PARAMETERS: Final = MailParameters()
 NO_RCPT_PARAMETERS: Final = RcptParameters()
 
 
+NAMELESS: Final = "NAMELESS"  # no keyword of EHLO: among what is offered it lets a client say EHLO without a name
+
+
 class Hello(NamedTuple):
-    """EHLO, HELO or (where "LHLO" is offered) LHLO.  ``name`` is a claim, printable but otherwise arbitrary."""
+    """EHLO, HELO or (where "LHLO" is offered) LHLO.
+
+    Attributes:
+        name: a claim, printable but otherwise arbitrary; "" only where NAMELESS clients are borne.
+    """
 
     verb: str
     name: str
@@ -516,6 +523,8 @@ def _text(argument: bytes, *, utf8: bool) -> str | None:
 def _name(argument: bytes, offered: frozenset[str]) -> str | None:
     """The client's claim.  RFC 5321 §4.1.4: whatever it says, mail is not refused for it."""
     name = _text(argument, utf8="SMTPUTF8" in offered)
+    if name == "" and NAMELESS in offered:  # printers and scanners
+        return name
     return name if name and len(argument.strip(b" ")) <= HELLO_OCTETS_MAX else None
 
 
