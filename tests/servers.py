@@ -716,8 +716,9 @@ class Slapd(Server):
     farewell = bytes.fromhex("30 05 02 01 02 42 00")
 
     def dn(self, user: str) -> str:
-        """The name of a user's entry."""
-        return f"uid={user},{self.people}"
+        """The name of a user's entry.  RFC 4514 §2.4."""
+        escaped = re.sub(r'[,+"\\<>;=]|^[ #]| $', r"\\\g<0>", user)
+        return f"uid={escaped},{self.people}"
 
     def _prepare(self) -> None:
         self.ldaps_port = free_port() if "certificate" in self.options else 0
