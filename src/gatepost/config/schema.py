@@ -19,8 +19,7 @@ from gatepost.backend.settings import BackendAddress
 from gatepost.config import values
 from gatepost.counters.distinct import MEMBERS_MAX
 from gatepost.counters.guesses import GuessLimits
-from gatepost.counters.windows import ACCOUNTS_MAX
-from gatepost.gate.settings import Limits, Timeouts
+from gatepost.gate.settings import Limits, MailboxServer, Timeouts
 from gatepost.policy.relay import IPNetwork
 from gatepost.smtp.path import Pattern
 from gatepost.smtp.reply import Reply
@@ -29,6 +28,7 @@ LIMITS = Limits()
 TIMEOUTS = Timeouts()
 AUTH = AuthSettings()
 GUESSES = GuessLimits()
+MAILBOX = MailboxServer("", 0)
 PUBLIC_TRUST = 65536
 
 
@@ -215,7 +215,7 @@ class Listen(Table):
         "certificate not judged), required (never without, judged) or implicit (TLS from the first octet, judged).",
     )
     accounts_per_address: int = Field(
-        ACCOUNTS_MAX,
+        MAILBOX.accounts_max,
         ge=1,
         le=MEMBERS_MAX - 1,
         description="Of a listener of role pop3 or imap: an address from which more accounts than so many logged in "
