@@ -517,6 +517,15 @@ async def test_a_full_pool_serves_one_client_after_another():
         await backend.close()
 
 
+async def test_for_each_who_waits_one_connection_is_opened():
+    async with Proxied() as server:
+        backend = backend_of(server, proxy="v2", connections=3)
+        replies = await asyncio.gather(*(send(backend, who(number)) for number in (7, 8, 9)))
+        assert {reply.code for reply in replies} == {250}
+        assert sorted(server.is_now.values()) == ["192.0.2.7", "192.0.2.8", "192.0.2.9"]
+        await backend.close()
+
+
 async def test_many_transactions_of_one_client_wait_for_its_connections():
     async with Proxied() as server:
         backend = backend_of(server, proxy="v1", connections=2)
