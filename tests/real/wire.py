@@ -139,15 +139,31 @@ class Wire:
         """Send no more, but listen."""
         self._socket.shutdown(socket.SHUT_WR)
 
-    def start_tls(self) -> str:
-        """STARTTLS; the certificate is not judged.  Returns the protocol version."""
+    def start_tls(self, context: ssl.SSLContext | None = None, name: str | None = None) -> str:
+        """STARTTLS; returns the protocol version."""
         assert self.say("STARTTLS").startswith("220"), self.said
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        wrapped = context.wrap_socket(self._socket)
+        return self.secure(context, name)
+
+    def secure(self, context: ssl.SSLContext | None = None, name: str | None = None) -> str:
+        """The TLS handshake; returns the protocol version.
+
+        Args:
+            context: None for one by which the certificate is not judged.
+            name: the host name to ask for (SNI).
+        """
+        if context is None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        wrapped = context.wrap_socket(self._socket, server_hostname=name)
         self._socket = wrapped
         return str(wrapped.version())
+
+    @property
+    def certificate(self) -> bytes:
+        """The server's, in DER."""
+        assert isinstance(self._socket, ssl.SSLSocket)
+        return self._socket.getpeercert(binary_form=True) or b""
 
     # ---- dialogues
 
