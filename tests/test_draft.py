@@ -177,7 +177,8 @@ def test_every_commented_example_in_the_draft_loads_when_its_mark_is_taken_off()
     assert len([1 for old, new in zip(lines, uncommented, strict=True) if old != new]) >= 9
     loaded = config.load("\n".join(uncommented).encode(), "gatepost.toml")
     assert loaded.user == "gatepost"
-    assert loaded.gate.rules.trust[0].why == "office LAN"
+    assert [entry.why for entry in loaded.gate.rules.trust] == ["office LAN", "our people"]
+    assert [listen.role for listen in loaded.gate.listens] == ["mx", "submission"]
 
 
 @given(
