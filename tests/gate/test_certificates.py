@@ -809,7 +809,8 @@ async def test_who_does_not_read_is_not_read_either(gates, version):
 # ---- openssl's own client
 
 
-async def s_client(gate: Gate, *arguments: str, say: bytes = b"NOOP\r\n") -> str:
+async def s_client(gate: Gate, *arguments: str, say: bytes = b"NOOP\r\n", updates: int = 0) -> str:
+    """What it printed until its line came back; so many key updates are sent, each with the wish for one, before it."""
     process = await asyncio.create_subprocess_exec(
         "openssl",
         "s_client",
@@ -822,10 +823,15 @@ async def s_client(gate: Gate, *arguments: str, say: bytes = b"NOOP\r\n") -> str
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(say)
     heard = b""
     try:
         async with asyncio.timeout(PATIENCE_S):
+            for _ in range(updates):
+                process.stdin.write(b"K\n")  # a command only where nothing else is read with it
+                while b"KEYUPDATE" not in heard:
+                    heard += await process.stdout.read(65536)
+                heard = heard.replace(b"KEYUPDATE", b"")
+            process.stdin.write(say)
             while octets := await process.stdout.read(65536):
                 heard += octets
                 if b"NOOP\r\n" in heard and b"Verify return code" in heard:
@@ -849,6 +855,13 @@ async def test_openssl_proves_its_certificate(gates, presented, extra):
 async def test_openssl_is_told_nothing_about_which_certificates_are_known(gates):
     gate = await gates()
     assert "No client certificate CA names sent" in await s_client(gate)
+
+
+async def test_key_updates_are_answered(gates):
+    gate = await gates()
+    said = await s_client(gate, "-tls1_3", updates=3)
+    assert "NOOP" in said
+    assert gate.heard == 6
 
 
 async def test_renegotiation_is_refused(gates, presented):

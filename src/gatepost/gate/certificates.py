@@ -154,6 +154,7 @@ class AskingTransport(asyncio.Transport, asyncio.Protocol):
             self._shaken.set_exception(ConnectionAbortedError("connection lost in the TLS handshake"))
         elif self._is_up():
             self._protocol.connection_lost(exc)
+        self._protocol = asyncio.Protocol()  # each held the other
 
     def pause_writing(self) -> None:
         """The peer does not take what was sent: it is not read either."""
