@@ -719,6 +719,25 @@ async def test_who_said_close_notify_still_hears_the_replies(gates, version):
     assert gate.heard == 6
 
 
+@either_way
+@each_version
+async def test_who_says_close_notify_and_closes_is_let_go(gates, each_context, way, version):
+    gate = await gates(each_context[way])
+    wire = await (await Wire.to(gate, client(None, version))).connected()
+    await gate.gained()
+    wire.say(b"NOOP\r\n")
+    assert await wire.hear(6) == b"NOOP\r\n"
+    with suppress(ssl.SSLWantReadError):
+        wire.tls.unwrap()
+    wire.flush()
+    wire.writer.close()
+    assert await gate.ended() in (Ended.EOF, Ended.LOST)
+    task = gate.connections[0].task
+    assert task is not None
+    async with asyncio.timeout(PATIENCE_S):
+        await task
+
+
 @each_version
 async def test_nothing_behind_close_notify_is_passed_up(gates, version):
     gate = await gates()

@@ -268,8 +268,12 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> bool:
         """Close after what was written is sent; False while the peer has not taken all of it."""
+        if self.ended is Ended.LOST:
+            return True
+        if self.transport.is_closing():  # TLS closes by itself behind close_notify; asyncio's tells no size any more
+            return False
         self.transport.close()
-        return self.ended is Ended.LOST or self.transport.get_write_buffer_size() == 0
+        return self.transport.get_write_buffer_size() == 0
 
     def abort(self) -> None:
         """Close at once."""
