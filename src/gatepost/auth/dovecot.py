@@ -26,8 +26,8 @@ from gatepost.smtp.sasl import Password, client_initial, prepare_user
 
 TOGETHER_MAX = 20  # logins at a time
 HANDSHAKE_LINES_MAX = 100
-PROCESS_ID_MAX = (1 << 31) - 1
 
+_PROCESS_IDS: Final = (1 << 31) - 1
 _LF: Final = b"\n"
 _HELLO: Final = b"VERSION\t1\t1\nCPID\t%d\n"
 # We ask where the gate has allowed AUTH, so that the client's line is as secure as the administrator wants it; no
@@ -80,7 +80,7 @@ async def _shake_hands(lines: Lines) -> None:
 
     Dovecot takes two connections with one process id for a mistake, so that each of ours has its own number.
     """
-    lines.send(_HELLO % (1 + secrets.randbelow(PROCESS_ID_MAX)))
+    lines.send(_HELLO % (1 + secrets.randbelow(_PROCESS_IDS)))
     if (await lines.line()).split(b"\t")[:2] != [b"VERSION", b"1"]:
         raise Trouble("it does not speak version 1 of Dovecot's auth protocol")
     mechanisms = set()
