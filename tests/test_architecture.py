@@ -35,9 +35,9 @@ ACCUSED = {"policy", "verdict", "facts", "gate", "backend"}
 # Where an authority to relay is made, and where one is read back that was stored with its message.
 MINTS = {"policy/relay.py", "store/spool.py"}
 
-# The places where a defect of ours is caught whole: the session task answers 421, counts it and logs the traceback;
-# a check that crashed is TEMPERROR.
-CATCHES_ALL = {"gate/session.py", "checks/run.py"}
+# The places where a defect of ours is caught whole: a session's task, of SMTP as of POP3 and IMAP, answers 421 or the
+# like, counts it and logs the traceback; a check that crashed is TEMPERROR.
+CATCHES_ALL = {"gate/session.py", "gate/mailbox_proxy.py", "checks/run.py"}
 
 # One home each for what touches the world through a library.
 HOMES = {
@@ -45,7 +45,7 @@ HOMES = {
     "sqlalchemy": "store", "sqlite3": "store", "aiosqlite": "store", "asyncpg": "store",
     "lmdb": "counters", "valkey": "counters",
     "fastapi": "console", "starlette": "console", "uvicorn": "console",
-    "argon2": "auth", "scramp": "auth", "joserfc": "auth", "anyldap": "auth",
+    "OpenSSL": "gate", "argon2": "auth", "scramp": "auth", "joserfc": "auth", "anyldap": "auth",
 }  # fmt: skip
 
 NOT_THERE_ON_PURPOSE = {"utils", "common", "helpers", "models", "types", "handlers", "managers", "core"}

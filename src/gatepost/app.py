@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from gatepost import __version__
 from gatepost.errors import GatepostError
-from gatepost.telemetry import Metrics, Occupancy, SessionLog, StatusBoard, Style, map_memory
+from gatepost.telemetry import Level, Metrics, Occupancy, SessionLog, StatusBoard, Style, map_memory
 
 if TYPE_CHECKING:
     from gatepost.config import Config
@@ -130,6 +130,8 @@ def _worker_main(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
     log = SessionLog(1, _style(), lock=options.metrics, dropped=metrics.log_dropped)
+    # Where OpenSSL calls back into Python, exceptions (of a server name that is no ASCII) come out here.
+    sys.unraisablehook = lambda caught: log.event("fault", f"{caught.err_msg}: {caught.exc_value!r}", Level.WARNING)
     # Garbage in cycles is rare here, and a pass over everything is a pause for every session.
     gc.set_threshold(50_000, 20, 50)
 

@@ -52,6 +52,9 @@ _ELSEWHERE: Final = {
     "oauth": ("gatepost.auth.oauth", "OauthVerifier"),
 }
 
+# A client binds by what its RFC says for the version of TLS (RFC 9266 §3, RFC 5802 §6) and asks for no other; where the
+# TLS library gives neither, -PLUS would only keep it out.
+_EXPECTED_BINDINGS: Final = frozenset({"tls-exporter", "tls-unique"})
 _OTHER_ACCOUNT: Final = Denied("authorization identity of another account")
 
 
@@ -196,7 +199,7 @@ class Authenticator:
         """
         offered: list[str] = []
         if self._accounts is not None and len(self._passwords) == 1:
-            offered += (SCRAM_PLUS, SCRAM) if bindings else (SCRAM,)
+            offered += (SCRAM_PLUS, SCRAM) if _EXPECTED_BINDINGS & bindings.keys() else (SCRAM,)
         if self._tokens:
             offered += ("OAUTHBEARER", "XOAUTH2")
         if self._passwords:

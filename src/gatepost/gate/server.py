@@ -461,7 +461,9 @@ class Server:
         minimums |= {entry.tls_minimum for entry in settings.rules.trust if entry.tls_minimum}
         asks = any(entry.certificate for entry in settings.rules.trust)
         for minimum in minimums:
-            tls.asking(minimum) if asks else tls.context(minimum)
+            tls.context(minimum)
+            if asks:
+                tls.asking(minimum)
         for warning in tls.warnings(datetime.now(UTC)) if self.worker == 0 else ():
             self.log.event("certificate", warning, Level.WARNING)
         return tls
