@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,45 +19,25 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from gatepost.facts import Client
-from gatepost.gate import mailbox_proxy
+from gatepost.facts import Client, Session
+from gatepost.gate import mailbox_proxy, mailbox_server
 from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.mailbox_lines import (
     CAPABILITIES_MAX,
-    IMAP_LINE_OCTETS_MAX,
     LITERAL_OCTETS_MAX,
-    LITERALS_MAX,
-    POP3_COMMAND_OCTETS_MAX,
     SERVER_LINE_OCTETS_MAX,
-    TAG_OCTETS_MAX,
-    Defect,
-    ImapCommand,
-    ImapCommands,
-    ImapDefect,
     Lines,
-    LiteralAsked,
-    Pop3Command,
-    capabilities,
-    imap_capabilities,
-    imap_login,
-    imap_no,
-    imap_unjudged,
-    pop3_capabilities,
-    pop3_command,
-    pop3_login,
-    pop3_unjudged,
 )
-from gatepost.gate.mailbox_proxy import COMMANDS_MAX, REFUSALS_MAX, UNTAGGED_MAX, MailboxSession, turned_away
+from gatepost.gate.mailbox_proxy import COMMANDS_MAX, REFUSALS_MAX, MailboxSession, turned_away
+from gatepost.gate.mailbox_server import UNTAGGED_MAX
 from gatepost.gate.settings import GateSettings, ListenSettings, MailboxServer, TlsSettings
 from gatepost.gate.tls import Tls, TlsContext
 from gatepost.policy.relay import RelayRules
 from gatepost.smtp.command import AUTH_OCTETS_MAX
-from gatepost.smtp.sasl import Password
 
 PATIENCE_S = 20.0  # a test that waits for so long has failed
 NOW_S = 1_800_000_000.0
 SECRET = "s3cret-of-alice"
-ALICE = Password("alice", SECRET)
 
 
 def b64(octets: bytes) -> bytes:
@@ -79,6 +60,7 @@ class ScriptedGuesses:
         self.look_is = Looked()
         self.wrongs: list[tuple[str, str, str, float]] = []
         self.rights: list[tuple[str, str, float]] = []
+        self.baits: list[tuple[str, str, float]] = []
 
     def look(self, user: str, client: Any, now_s: float) -> Looked:
         return self.look_is
@@ -88,6 +70,9 @@ class ScriptedGuesses:
 
     def right(self, user: str, client: Any, now_s: float) -> None:
         self.rights.append((user, str(client), now_s))
+
+    def bait(self, user: str, client: Any, now_s: float) -> None:
+        self.baits.append((user, str(client), now_s))
 
 
 class ScriptedCounts:
@@ -111,7 +96,9 @@ class House:
         self.tls = None if tls == "none" else Tls(TlsSettings(), "mx.example.com", data)
         self.shared = False
         self.first = b""  # what came behind a PROXY header
-        self.faults: list[BaseException] = []
+        self.bait = ""  # an account that nobody uses
+        self.faults: list[str] = []  # that sessions reported
+        self.escaped: list[BaseException] = []
         self.windows: list[tuple[str, str, int, float]] = []
         self.sessions: list[MailboxSession] = []
         self.lines: list[Any] = []
@@ -130,6 +117,7 @@ class House:
             session.connection.abort()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=PATIENCE_S)
+        assert not self.escaped
 
     # ---- as Listener
 
@@ -150,7 +138,7 @@ class House:
         self.tasks.discard(task)
         fault = None if task.cancelled() else task.exception()
         if fault is not None:
-            self.faults.append(fault)
+            self.escaped.append(fault)
 
     def expire(self, reason: Ended) -> None:
         for session in self.sessions:
@@ -172,6 +160,9 @@ class GateOf:
     def new_reference(self) -> str:
         return "REF"
 
+    async def is_bait(self, user: str) -> bool:
+        return user == self._house.bait
+
     def login_opened(self, account: str, client: Any, accounts_max: int, now_s: float) -> bool:
         if self._house.shared:
             return False
@@ -180,6 +171,9 @@ class GateOf:
 
     def close(self, connection: Connection) -> None:
         connection.close()
+
+    def failed(self, facts: Session) -> None:
+        self._house.faults.append(f"{facts.reference}: {traceback.format_exc()}")
 
     def ended(self, session: MailboxSession) -> None:
         self._house.sessions.remove(session)
@@ -430,262 +424,8 @@ def server_tls(authority, monkeypatch, tmp_path) -> ssl.SSLContext:
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(tmp_path / "authority.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
-    mailbox_proxy._context.cache_clear()
+    mailbox_server._context.cache_clear()
     return context
-
-
-# ---- lines
-
-
-def feed_three_ways(octets: bytes, take: Callable[[Lines], list[Any]], octets_max: int = 100) -> list[Any]:
-    """What is taken from these octets, however they come; a tail behind them changes nothing of it."""
-    whole = Lines(octets_max)
-    whole.receive(octets)
-    found = take(whole)
-    bits = Lines(octets_max)
-    pieces = []
-    for position in range(len(octets)):
-        bits.receive(octets[position : position + 1])
-        pieces += take(bits)
-    assert pieces == found
-    tailed = Lines(octets_max)
-    tailed.receive(octets + b"tail")
-    assert take(tailed) == found
-    return found
-
-
-def all_lines(lines: Lines) -> list[Any]:
-    found: list[Any] = []
-    while (line := lines.line()) is not None and not isinstance(line, Defect):
-        found.append(line)
-    return [*found, line] if line is not None else found
-
-
-@pytest.mark.parametrize(
-    ("octets", "found"),
-    [
-        (b"one\r\ntwo\r\n", [b"one", b"two"]),
-        (b"bare\nLF\n", [b"bare", b"LF"]),
-        (b"\r\n\n", [b"", b""]),
-        (b"not yet", []),
-        (b"not yet\r", []),
-    ],
-)
-def test_lines_however_they_come(octets, found):
-    assert feed_three_ways(octets, all_lines) == found
-
-
-@pytest.mark.parametrize("octets", [b"a\0b\r\n", b"a\rb\r\n", b"a\r\r\n", b"\0\n"])
-def test_nul_and_cr_inside_a_line_are_refused(octets):
-    assert feed_three_ways(octets, lambda lines: [Defect] if isinstance(lines.line(), Defect) else [])[:1] == [Defect]
-
-
-@pytest.mark.parametrize("octets_max", [POP3_COMMAND_OCTETS_MAX, IMAP_LINE_OCTETS_MAX, AUTH_OCTETS_MAX])
-def test_a_line_at_its_limit(octets_max):
-    for octets, good in ((octets_max - 1, True), (octets_max, True), (octets_max + 1, False)):
-        for end in (b"\r\n", b""):
-            lines = Lines(octets_max)
-            lines.receive(b"x" * (octets - len(end)) + end)
-            line = lines.line()
-            if end:
-                assert isinstance(line, bytes) is good
-            else:  # a line that does not end is refused when its end can no longer come in time
-                assert isinstance(line, Defect) is (octets >= octets_max)
-
-
-def test_counted_octets_and_the_rest():
-    lines = Lines(100)
-    lines.receive(b"abc")
-    assert lines.exactly(4) is None
-    lines.receive(b"d\nrest")
-    assert (lines.exactly(4), lines.line(), lines.rest(), lines.unread_octets) == (b"abcd", b"", b"rest", 0)
-
-
-# ---- commands
-
-
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        (b"USER alice", Pop3Command("USER", b"alice")),
-        (b"pass  two  spaces ", Pop3Command("PASS", b" two  spaces ")),
-        (b"QUIT", Pop3Command("QUIT", b"")),
-        (b"", None),
-        (b" USER alice", None),
-        (b"GET / HTTP/1.1", Pop3Command("GET", b"/ HTTP/1.1")),
-        (b"\xffUSER x", None),
-        (b"VERYLONGVERB", None),
-        (b"USER " + b"x" * (POP3_COMMAND_OCTETS_MAX - 8), Pop3Command("USER", b"x" * (POP3_COMMAND_OCTETS_MAX - 8))),
-        (b"USER " + b"x" * (POP3_COMMAND_OCTETS_MAX - 7), Pop3Command("USER", b"x" * (POP3_COMMAND_OCTETS_MAX - 7))),
-        (b"USER " + b"x" * (POP3_COMMAND_OCTETS_MAX - 6), None),
-        (b"AUTH PLAIN " + b"x" * 600, Pop3Command("AUTH", b"PLAIN " + b"x" * 600)),
-    ],
-)
-def test_commands_of_pop3(line, found):
-    command = pop3_command(line)
-    assert isinstance(command, Defect) if found is None else command == found
-
-
-def read(octets: bytes) -> list[Any]:
-    """What is read from these octets, however they come, with leave for every literal."""
-    one, bits, tailed = Lines(IMAP_LINE_OCTETS_MAX), Lines(IMAP_LINE_OCTETS_MAX), Lines(IMAP_LINE_OCTETS_MAX)
-    one.receive(octets)
-    found = all_commands(ImapCommands(one))
-    commands = ImapCommands(bits)
-    pieces: list[Any] = []
-    for position in range(len(octets)):
-        bits.receive(octets[position : position + 1])
-        if not (pieces and getattr(pieces[-1], "fatal", False)):  # nobody reads on behind it
-            pieces += all_commands(commands)
-    assert pieces == found
-    tailed.receive(octets + b"tail")
-    assert all_commands(ImapCommands(tailed)) == found
-    return found
-
-
-def all_commands(commands: ImapCommands) -> list[Any]:
-    found: list[Any] = []
-    while (one := commands.next()) is not None:
-        found.append(one)
-        if isinstance(one, ImapDefect) and one.fatal:
-            break
-    return found
-
-
-@pytest.mark.parametrize(
-    ("octets", "found"),
-    [
-        (b"a NOOP\r\n", [ImapCommand("a", "NOOP", ())]),
-        (b"a1 login alice pw\n", [ImapCommand("a1", "LOGIN", (b"alice", b"pw"))]),
-        (b'a LOGIN "al ice" "p\\"w\\\\"\r\n', [ImapCommand("a", "LOGIN", (b"al ice", b'p"w\\'))]),
-        (b'a LOGIN "" ""\r\n', [ImapCommand("a", "LOGIN", (b"", b""))]),
-        (b"a LOGIN {5+}\r\nalice {2+}\r\npw\r\n", [ImapCommand("a", "LOGIN", (b"alice", b"pw"))]),
-        (
-            b"a LOGIN {5}\r\nalice {3}\r\np\r\n\r\n",
-            [LiteralAsked("a", "LOGIN"), LiteralAsked("a", "LOGIN"), ImapCommand("a", "LOGIN", (b"alice", b"p\r\n"))],
-        ),
-        (b"a LOGIN alice {0+}\r\n\r\n", [ImapCommand("a", "LOGIN", (b"alice", b""))]),
-        (b"a LOGIN {5+}\r\nalicepw\r\n", [ImapCommand("a", "LOGIN", None)]),
-        (b"a LOGIN alice{2+}\r\npw\r\n", [ImapCommand("a", "LOGIN", None)]),
-        (b"a LOGIN  alice pw\r\n", [ImapCommand("a", "LOGIN", None)]),
-        (b'a LOGIN "alice pw\r\n', [ImapCommand("a", "LOGIN", None)]),
-        (b'a LOGIN "al\\ice" pw\r\n', [ImapCommand("a", "LOGIN", None)]),
-        (b"a LOGIN alice p*w\r\n", [ImapCommand("a", "LOGIN", None)]),
-        (b'a ID ("name" "x")\r\n', [ImapCommand("a", "ID", None)]),
-        (b"a AUTHENTICATE PLAIN AGEAYg==\r\n", [ImapCommand("a", "AUTHENTICATE", (b"PLAIN", b"AGEAYg=="))]),
-        (b"\r\n", [ImapDefect("*", "This is IMAP: a tag, a command")]),
-        (b"+a NOOP\r\n", [ImapDefect("*", "This is IMAP: a tag, a command")]),
-        (b"a*b NOOP\r\n", [ImapDefect("*", "This is IMAP: a tag, a command")]),
-        (b"a\r\n", [ImapDefect("a", "This is IMAP: a tag, a command")]),
-        (b"a (x)\r\n", [ImapDefect("a", "This is IMAP: a tag, a command")]),
-        (b"a (x {3+}\r\n", [ImapDefect("a", "This is IMAP: a tag, a command", fatal=True)]),
-        (b"a\0 NOOP\r\n", [ImapDefect("*", "NUL or CR inside a line", fatal=True)]),
-    ],
-)
-def test_commands_of_imap_however_they_come(octets, found):
-    assert read(octets) == found
-
-
-@pytest.mark.parametrize("sign", [b"", b"+"])
-def test_a_literal_at_its_limit(sign):
-    for octets, good in ((LITERAL_OCTETS_MAX - 1, True), (LITERAL_OCTETS_MAX, True), (LITERAL_OCTETS_MAX + 1, False)):
-        found = read(b"a LOGIN alice {%d%b}\r\n" % (octets, sign) + (b"x" * octets + b"\r\n" if good else b""))
-        if good:
-            assert found[-1] == ImapCommand("a", "LOGIN", (b"alice", b"x" * octets))
-        else:
-            # One that is not waited for comes all the same, and cannot be told from commands.
-            assert found == [ImapDefect("a", "Too long or too many literals", fatal=bool(sign))]
-
-
-def test_so_many_literals_and_no_more():
-    for literals, good in ((LITERALS_MAX - 1, True), (LITERALS_MAX, True), (LITERALS_MAX + 1, False)):
-        found = read(b"a X" + b" {1+}\r\nx" * literals + b"\r\n")
-        assert found[0] == (
-            ImapCommand("a", "X", (b"x",) * literals)
-            if good
-            else ImapDefect("a", "Too long or too many literals", fatal=True)
-        )
-
-
-def test_a_tag_at_its_limit():
-    for octets, good in ((TAG_OCTETS_MAX - 1, True), (TAG_OCTETS_MAX, True), (TAG_OCTETS_MAX + 1, False)):
-        assert isinstance(read(b"t" * octets + b" NOOP\r\n")[0], ImapCommand) is good
-
-
-def test_a_refused_literal_is_forgotten():
-    lines = Lines(100)
-    commands = ImapCommands(lines)
-    lines.receive(b"a LOGIN {5}\r\n")
-    assert commands.next() == LiteralAsked("a", "LOGIN")
-    commands.refuse()
-    lines.receive(b"b NOOP\r\n")
-    assert commands.next() == ImapCommand("b", "NOOP", ())
-
-
-# ---- capabilities and logins as they are written
-
-
-def test_capabilities_that_can_be_shown():
-    words = [b"TOP", b"BAD\xff", b"", b"x" * 65, b"LOGIN-DELAY 900", b"EVIL\x1b[31m"]
-    assert capabilities(words) == ("TOP", "LOGIN-DELAY 900")
-    assert len(capabilities([b"X"] * (CAPABILITIES_MAX + 1))) == CAPABILITIES_MAX
-
-
-def test_only_what_holds_through_the_proxy_is_offered_by_pop3():
-    server = ("TOP", "USER", "SASL GSSAPI", "STLS", "UTF8 USER", "LANG", "UIDL")
-    codes = ("RESP-CODES", "AUTH-RESP-CODE")
-    assert pop3_capabilities(server, stls=False, login=True) == ("TOP", "UIDL", *codes, "USER", "SASL PLAIN LOGIN")
-    assert pop3_capabilities(server, stls=True, login=False) == ("TOP", "UIDL", *codes, "STLS")
-
-
-def test_only_what_holds_through_the_proxy_is_offered_by_imap():
-    server = ("IMAP4rev1", "STARTTLS", "auth=gssapi", "LOGINDISABLED", "COMPRESS=DEFLATE", "IDLE", "UNAUTHENTICATE")
-    assert imap_capabilities(server, starttls=False, login=True) == (
-        *("IMAP4rev1", "IDLE", "ID", "SASL-IR", "AUTH=PLAIN", "AUTH=LOGIN"),
-    )
-    assert imap_capabilities((), starttls=True, login=False) == ("IMAP4rev1", "ID", "STARTTLS", "LOGINDISABLED")
-
-
-@pytest.mark.parametrize(
-    ("password", "server", "lines"),
-    [
-        (ALICE, None, [b"USER alice", b"PASS s3cret-of-alice"]),
-        (ALICE, ("USER", "SASL PLAIN"), [b"USER alice", b"PASS s3cret-of-alice"]),
-        (ALICE, ("SASL CRAM-MD5 PLAIN",), [b"AUTH PLAIN", PLAIN]),
-        (ALICE, ("TOP", "SASL GSSAPI"), None),
-        (Password("jörg", "pässword"), ("USER", "SASL PLAIN"), [b"AUTH PLAIN", b64("\0jörg\0pässword".encode())]),
-        (Password("jörg", "p"), ("USER",), ["USER jörg".encode(), b"PASS p"]),
-        (Password("a", "p" * 248), ("USER", "SASL PLAIN"), [b"USER a", b"PASS " + b"p" * 248]),
-        (Password("a", "p" * 249), ("USER", "SASL PLAIN"), [b"AUTH PLAIN", b64(b"\0a\0" + b"p" * 249)]),
-    ],
-)
-def test_a_login_is_written_anew_for_pop3(password, server, lines):
-    assert pop3_login(password, server) == lines
-
-
-@pytest.mark.parametrize(
-    ("password", "server", "lines"),
-    [
-        (ALICE, ("AUTH=PLAIN",), [b'LOGIN "alice" "s3cret-of-alice"']),
-        (Password('a"b\\', "p w"), (), [b'LOGIN "a\\"b\\\\" "p w"']),
-        (ALICE, ("LOGINDISABLED", "auth=plain"), [b"AUTHENTICATE PLAIN", PLAIN]),
-        (ALICE, ("LOGINDISABLED",), None),
-        (Password("jörg", "p"), ("AUTH=PLAIN",), [b"AUTHENTICATE PLAIN", b64("\0jörg\0p".encode())]),
-        (Password("jörg", "pw"), (), [b"LOGIN {5}", "jörg {2}".encode(), b"pw"]),
-    ],
-)
-def test_a_login_is_written_anew_for_imap(password, server, lines):
-    assert imap_login(password, server) == lines
-
-
-def test_which_refusals_judge_the_secret():
-    assert not pop3_unjudged(b"-ERR [AUTH] no")
-    assert not pop3_unjudged(b"-ERR no [SYS/TEMP]")
-    assert all(pop3_unjudged(b"-ERR [%b] x" % code) for code in (b"SYS/TEMP", b"sys/perm", b"IN-USE", b"LOGIN-DELAY"))
-    assert not imap_unjudged(b"NO")
-    assert not imap_unjudged(b"no [AUTHENTICATIONFAILED] x")
-    assert all(imap_unjudged(b"NO [%b] x" % code) for code in (b"UNAVAILABLE", b"inuse", b"LIMIT", b"SERVERBUG"))
-    assert [imap_no(status) for status in (b"NO", b"no [X] y", b"NOT", b"BAD what?", b"")] == [True, True, *[False] * 3]
 
 
 # ---- POP3
@@ -915,6 +655,54 @@ async def test_who_is_banned_hears_what_a_wrong_password_hears_and_the_server_he
 
 
 @both
+async def test_who_tries_a_bait_account_hears_what_a_wrong_password_hears_and_the_server_hears_nothing(stage, role):
+    await stage.set(role)
+    stage.house.bait = "alice"
+    peer = await stage.greeted()
+    assert await log_in(peer, role) == WRONG[role]  # with what would be the right secret
+    assert await log_in(peer, role, b"wrong") == WRONG[role]
+    assert stage.server.connections == 0
+    guesses = stage.house.guesses
+    assert guesses.baits == [("alice", "127.0.0.1", NOW_S)] * 2
+    assert guesses.wrongs == [("alice", "127.0.0.1", secret, NOW_S) for secret in (SECRET, "wrong")]
+    assert stage.house.windows == guesses.rights == []
+    assert stage.house.metrics.replies == [("auth", "credentials")] * 2
+    peer.writer.transport.abort()
+    line = await stage.logged()
+    assert [login["why"] for login in line["logins"]] == ["a bait account"] * 2
+    assert line["errors"] == 2
+
+
+async def test_a_bait_account_is_one_in_any_case_and_for_whomever_it_is_to_act(stage):
+    await stage.set("pop3")
+    stage.house.bait = "alice"
+    peer = await stage.greeted()
+    answer = await peer.ask(b"AUTH PLAIN " + b64(b"bob\0ALICE\0" + SECRET.encode()))
+    assert answer == WRONG["pop3"] + b"\r\n"
+    assert stage.house.guesses.baits == [("alice", "127.0.0.1", NOW_S)]
+
+
+@both
+async def test_who_is_banned_is_not_looked_up_among_the_bait_accounts(stage, role):
+    await stage.set(role)
+    stage.house.bait = "alice"
+    stage.house.guesses.look_is = Looked(banned=True)
+    peer = await stage.greeted()
+    assert await log_in(peer, role) == WRONG[role]
+    assert stage.house.guesses.baits == []
+
+
+@both
+async def test_too_many_tries_of_a_bait_account_end_the_session(stage, role):
+    await stage.set(role)
+    stage.house.bait = "alice"
+    peer = await stage.greeted()
+    for _ in range(REFUSALS_MAX):
+        assert await log_in(peer, role) == WRONG[role]
+    assert (await peer.rest()).startswith(b"-ERR Too many" if role == "pop3" else b"* BYE Too many")
+
+
+@both
 async def test_who_guessed_before_waits_for_an_answer(stage, role, monkeypatch):
     await stage.set(role)
     stage.house.guesses.look_is = Looked(delay_s=7.5)
@@ -1056,7 +844,7 @@ async def test_a_server_that_closed_in_the_meantime_is_asked_again(stage, role):
     peer = await stage.greeted()
     assert await log_in(peer, role, b"wrong") == WRONG[role]
     stage.server.writers[0].transport.abort()
-    await stage.until(lambda: stage.house.sessions[0]._wire.ended)
+    await stage.until(lambda: stage.house.sessions[0].link._wire.ended)
     assert b"OK" in await log_in(peer, role)
     assert stage.server.connections == 2
 
@@ -1067,6 +855,29 @@ async def test_a_server_that_has_no_name(stage):
     assert await log_in(peer, "pop3") == UNAVAILABLE["pop3"]
     peer.writer.transport.abort()
     assert "the name cannot be looked up" in (await stage.logged())["logins"][0]["why"]
+
+
+async def test_a_server_whose_first_address_is_dead_is_asked_at_the_next(stage, monkeypatch):
+    """Connecting to the first neither succeeds nor fails: it takes its share of the time and no more."""
+    await stage.set("pop3", settings={"timeout_s": 2.0})
+    loop = asyncio.get_running_loop()
+    connect = loop.create_connection
+    tried = []
+
+    async def found(*_: Any, **__: Any) -> list[Any]:
+        return [(0, 0, 0, "", (address, 0)) for address in ("192.0.2.1", "127.0.0.1")]
+
+    async def create_connection(factory: Any, host: str, port: int) -> Any:
+        tried.append(host)
+        if host == "192.0.2.1":
+            await asyncio.Event().wait()
+        return await connect(factory, host, port)
+
+    peer = await stage.greeted()
+    monkeypatch.setattr(loop, "getaddrinfo", found)
+    monkeypatch.setattr(loop, "create_connection", create_connection)
+    assert await log_in(peer, "pop3", b"wrong") == WRONG["pop3"]
+    assert tried == ["192.0.2.1", "127.0.0.1"]
 
 
 async def test_a_server_that_takes_no_login_in_plain_text_is_told_none(stage):
@@ -1097,13 +908,37 @@ async def test_a_fault_of_ours_ends_one_session_and_opens_nothing(stage, role):
     await stage.set(role)
     stage.house.guesses.right = None
     peer = await stage.greeted()
+    other = await stage.greeted()
     peer.say(b"AUTH PLAIN " + PLAIN + b"\r\n" if role == "pop3" else b"a AUTHENTICATE PLAIN " + PLAIN + b"\r\n")
-    assert await peer.rest() == b""
+    assert await peer.rest() == turned_away(role, "Internal error; closing, try again later")
     line = await stage.logged()
     assert line["end"] == "internal error"
     assert "window" not in line
-    await stage.until(lambda: stage.house.faults)
+    (fault,) = stage.house.faults
+    assert fault.startswith(f"{line['reference']}: Traceback ")
+    assert SECRET not in fault
     assert stage.house.windows == []
+    assert await log_in(other, role, b"wrong") == WRONG[role]
+
+
+@both
+async def test_a_fault_of_ours_in_the_middle_of_mail_is_no_word_in_it(stage, role, monkeypatch):
+    await stage.set(role)
+    peer = await stage.logged_in()
+
+    def rest(lines: Lines) -> bytes:
+        raise LookupError("the innermost secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lines, "rest", rest)
+        peer.say(b"x NOOP\r\n")
+        assert await peer.rest() == b""
+    line = await stage.logged()
+    assert line["end"] == "internal error"
+    (fault,) = stage.house.faults
+    assert "the innermost secret" in fault
+    async with asyncio.timeout(PATIENCE_S):
+        await stage.server.eof.wait()
 
 
 @both
@@ -1427,8 +1262,8 @@ async def test_a_client_that_does_not_read_is_not_flooded_and_misses_nothing(sta
     (session,) = stage.house.sessions
     peer.writer.transport.pause_reading()
     peer.say(b"a BIG\r\n")
-    await stage.until(lambda: session._wire._paused)
-    assert session._wire.lines.unread_octets < 1 << 20
+    await stage.until(lambda: session.link._wire._paused)
+    assert session.link._wire.lines.unread_octets < 1 << 20
     peer.writer.transport.resume_reading()
     async with asyncio.timeout(PATIENCE_S):
         while len(big) > 0:
@@ -1462,7 +1297,7 @@ async def test_a_server_that_does_not_read_is_not_flooded_and_misses_nothing(sta
 
 
 async def test_a_server_that_never_reads_again_is_left(stage, monkeypatch):
-    monkeypatch.setattr(mailbox_proxy, "SERVER_STALL_S", 0.1)
+    monkeypatch.setattr(mailbox_server, "SERVER_STALL_S", 0.1)
     await stage.set("pop3")
     peer = await stage.logged_in()
     stage.server.writers[0].transport.pause_reading()
