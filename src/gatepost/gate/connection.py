@@ -87,6 +87,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_drained",
         "_fresh",
+        "_half_closable",
         "_listener",
         "_loop",
         "_paused",
@@ -107,6 +108,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._fresh = False
+        self._half_closable = True
         self._paused = False
         self._write_blocked = False
         self.reader: Reader = _NOBODY
@@ -140,7 +142,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """A half-closed client may still wait for its replies; the end of octets is no end of content."""
         self._end(Ended.EOF)
-        return self.transport.get_extra_info("ssl_object") is None
+        return self._half_closable
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing can be read or written any more."""
@@ -251,7 +253,8 @@ class Connection(asyncio.Protocol):
         return gained
 
     async def _start_loop_tls(self, context: TlsContext, timeout_s: float, early: bytes) -> asyncio.Transport:
-        """The loop's own TLS, which asks for no certificate."""
+        """The loop's own TLS, which asks for no certificate, and knows no half close."""
+        self._half_closable = False  # the end may come with the handshake's last octets, before the await below is over
         handshake = self._loop.create_task(
             self._loop.start_tls(self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s)
         )
