@@ -418,3 +418,11 @@ def test_a_missing_library_is_told_with_its_mend(monkeypatch: pytest.MonkeyPatch
 def test_a_filter_that_is_none(text: str) -> None:
     with pytest.raises(ConfigError, match="search_filter is no LDAP filter"):
         LdapVerifier(at(389, search_filter=text))
+
+
+def test_an_authority_that_is_none(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.pem"
+    empty.touch()
+    for path in (empty, tmp_path / "missing.pem"):
+        with pytest.raises(ConfigError, match=r"authority .*\.pem cannot be used .*name a PEM file"):
+            LdapVerifier(at(636, tls="implicit", authority=str(path)))

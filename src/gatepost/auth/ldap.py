@@ -83,6 +83,16 @@ class _Odd(ValueError):
     """Octets that are no LDAP message."""
 
 
+def _judging(authority: str) -> ssl.SSLContext:
+    """Certificates judged by an authority's PEM file; by the system's authorities where it is ""."""
+    try:
+        return ssl.create_default_context(cafile=authority or None)
+    except OSError as error:  # ssl.SSLError is one: the file holds no certificate
+        raise ConfigError(
+            [f"[auth.ldap] authority {authority} cannot be used ({error.strerror}); name a PEM file of certificates"]
+        ) from None
+
+
 def escape_name(text: str) -> str:
     """A value in a distinguished name.  RFC 4514 §2.4."""
     return _SPECIAL_IN_A_NAME.sub(lambda match: "\\" + match[0], text)
@@ -100,7 +110,7 @@ class LdapVerifier:
         judged: how the server's certificate is judged, instead of what the settings say.
 
     Raises:
-        ConfigError: the library is missing, or the filter is none.
+        ConfigError: the library is missing, the filter is none, or the authority cannot be read.
     """
 
     name: ClassVar[str] = "ldap"
@@ -112,7 +122,7 @@ class LdapVerifier:
             self._library.check(expand(server.search_filter, "user", escape_filter))
         self._context: ssl.SSLContext | None = None
         if server.tls != "off":
-            self._context = judged or ssl.create_default_context(cafile=server.authority or None)
+            self._context = judged or _judging(server.authority)
         self._inquiries = Inquiries(f"{server.host}:{server.port}", server.timeout_s, server.connections)
 
     async def verify(self, credentials: Credentials) -> Outcome:
