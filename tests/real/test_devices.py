@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import re
 import ssl
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from typing import NamedTuple
 import pytest
 from tests.gatehouse import Gate
 from tests.real.console import no_faults
+from tests.real.openssl import converse
 from tests.real.test_logins import account
-from tests.real.wire import PATIENCE_S, Wire, until
+from tests.real.wire import Wire, until
 from tests.vectors.lenient import LenientBackend, Transaction
 
 STRANGER = "127.0.0.9"
@@ -270,21 +270,12 @@ def test_the_old_copier_speaks_tls_1_0(site):
 
 def test_the_old_copier_with_openssl(site):
     """As another library of that time would do it."""
-    command = ["openssl", "s_client", "-starttls", "smtp", "-tls1", "-cipher", "ALL:@SECLEVEL=0", "-quiet"]
-    copier = subprocess.Popen(
-        [*command, "-bind", f"{OLD_TLS}:0", "-connect", f"127.0.0.1:{site.gate.port}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert copier.stdin is not None
-    assert copier.stdout is not None
-    copier.stdin.write(b"EHLO copier\r\n")
-    copier.stdin.flush()
-    while not copier.stdout.readline().startswith(b"250 "):
-        assert copier.poll() is None
-    said, _ = copier.communicate(f"MAIL FROM:<a@example.com>\r\nRCPT TO:<{OUTSIDE}>\r\nQUIT\r\n".encode(), PATIENCE_S)
-    assert said.splitlines()[1].startswith(b"250 2.1.5"), said
+    old = ("-starttls", "smtp", "-tls1", "-cipher", "ALL:@SECLEVEL=0")
+    commands = ("EHLO copier", "MAIL FROM:<a@example.com>", f"RCPT TO:<{OUTSIDE}>")
+    replies, of_tls = converse(site.gate.port, *old, commands=commands, source=OLD_TLS)
+    assert replies[2].startswith("250 2.1.5"), (replies, of_tls)
+    replies, _ = converse(site.gate.port, *old, commands=commands, source=STRANGER)
+    assert replies == []
 
 
 def test_the_copier_must_speak_tls_at_least(site):

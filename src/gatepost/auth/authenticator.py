@@ -213,12 +213,15 @@ class Authenticator:
             mechanism: upper case, as ``command.Auth`` has it.
             bindings: the same as for ``mechanisms``.
         """
-        if mechanism not in self.mechanisms(bindings):
+        offered = self.mechanisms(bindings)
+        if mechanism not in offered:
             return None
         if mechanism in (SCRAM, SCRAM_PLUS):
             assert self._accounts is not None
             nonce = secrets.token_urlsafe(_NONCE_OCTETS)
-            return _Proved(ScramExchange(mechanism, self._accounts, bindings, nonce))
+            # A client that could bind, and was not offered it, was not led astray.
+            said = bindings if SCRAM_PLUS in offered else {}
+            return _Proved(ScramExchange(mechanism, self._accounts, said, nonce))
         told = sasl.exchange(mechanism)
         return None if told is None else _Told(told)
 
