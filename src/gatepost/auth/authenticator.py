@@ -21,16 +21,18 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
+import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
+from datetime import UTC, datetime
 from typing import Final, NamedTuple, Protocol
 
 from gatepost.auth import Credentials, Denied, Outcome, Unavailable, Verified, Verifier
 from gatepost.auth.accounts import AccountStore, AccountsVerifier
 from gatepost.auth.scram import SCRAM, SCRAM_PLUS, ScramExchange
-from gatepost.auth.settings import AuthSettings
+from gatepost.auth.settings import AuthSettings, LoginServer
+from gatepost.errors import ConfigError
 from gatepost.smtp import sasl
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.sasl import Challenge, Password, Token
@@ -42,20 +44,14 @@ _ACCOUNTS, _OAUTH = "accounts", "oauth"
 _KEY_OCTETS = 32
 _NONCE_OCTETS = 18  # 24 characters
 
-# Those that ask other servers, and where each stands.
-_ELSEWHERE: Final = {
-    "pop3": ("gatepost.auth.pop3", "Pop3Verifier"),
-    "imap": ("gatepost.auth.imap", "ImapVerifier"),
-    "smtp": ("gatepost.auth.smtp", "SmtpVerifier"),
-    "ldap": ("gatepost.auth.ldap", "LdapVerifier"),
-    "dovecot": ("gatepost.auth.dovecot", "DovecotVerifier"),
-    "oauth": ("gatepost.auth.oauth", "OauthVerifier"),
-}
-
 # A client binds by what its RFC says for the version of TLS (RFC 9266 §3, RFC 5802 §6) and asks for no other; where the
 # TLS library gives neither, -PLUS would only keep it out.
 _EXPECTED_BINDINGS: Final = frozenset({"tls-exporter", "tls-unique"})
 _OTHER_ACCOUNT: Final = Denied("authorization identity of another account")
+
+
+def _epoch_s() -> float:
+    return datetime.now(UTC).timestamp()
 
 
 class Freshness(Protocol):
@@ -168,7 +164,7 @@ class Authenticator:
 
     Args:
         freshness: shared with the other workers; None for a process alone.
-        clock: monotonic, in seconds.
+        clock: monotonic, in seconds; now: seconds since the epoch.
         verifiers: instead of those that the settings name.
     """
 
@@ -178,9 +174,10 @@ class Authenticator:
         *,
         freshness: Freshness | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = _epoch_s,
         verifiers: Sequence[Verifier] | None = None,
     ) -> None:
-        self._verifiers = tuple(_verifiers(settings) if verifiers is None else verifiers)
+        self._verifiers = tuple(_verifiers(settings, now) if verifiers is None else verifiers)
         self._passwords = tuple(one for one in self._verifiers if one.name != _OAUTH)
         self._tokens = tuple(one for one in self._verifiers if one.name == _OAUTH)
         self._accounts = next((one for one in self._verifiers if isinstance(one, AccountsVerifier)), None)
@@ -346,15 +343,53 @@ def _acting_for(login: Login, user: str, authzid: str) -> Login:
     return login if authzid.lower() in own else Login(_OTHER_ACCOUNT)
 
 
-def _verifiers(settings: AuthSettings) -> Iterator[Verifier]:
-    """Those that the settings name, in order; what is not asked is not loaded."""
+def _verifiers(settings: AuthSettings, now: Callable[[], float]) -> Iterator[Verifier]:
+    """Those that the settings name, in order."""
     for name in settings.verify:
         if name == _ACCOUNTS:
             yield AccountsVerifier(AccountStore(settings.accounts))
-            continue
-        module, kind = _ELSEWHERE[name]
-        table = getattr(settings, name)
-        if table is None:
-            raise ValueError(f"[auth] verify names {name}, and there is no [auth.{name}]")
-        verifier: Verifier = getattr(import_module(module), kind)(table)
-        yield verifier
+        else:
+            yield _elsewhere(name, settings, now)
+
+
+def _elsewhere(name: str, settings: AuthSettings, now: Callable[[], float]) -> Verifier:
+    """One that asks another server.  What is not asked is not loaded: some bring large libraries.
+
+    Raises:
+        ConfigError: a library that it needs is not installed, or it cannot be used as it is configured.
+    """
+    if name == "pop3" and settings.pop3 is not None:
+        from gatepost.auth.pop3 import Pop3Verifier  # noqa: PLC0415
+
+        return Pop3Verifier(settings.pop3, judged=_judged(settings.pop3))
+    if name == "imap" and settings.imap is not None:
+        from gatepost.auth.imap import ImapVerifier  # noqa: PLC0415
+
+        return ImapVerifier(settings.imap, judged=_judged(settings.imap))
+    if name == "smtp" and settings.smtp is not None:
+        from gatepost.auth.smtp import SmtpVerifier  # noqa: PLC0415
+
+        return SmtpVerifier(settings.smtp, judged=_judged(settings.smtp), hello=settings.hello)
+    if name == "ldap" and settings.ldap is not None:
+        from gatepost.auth.ldap import LdapVerifier  # noqa: PLC0415
+
+        return LdapVerifier(settings.ldap)
+    if name == "dovecot" and settings.dovecot is not None:
+        from gatepost.auth.dovecot import DovecotVerifier  # noqa: PLC0415
+
+        return DovecotVerifier(settings.dovecot)
+    if name == "oauth" and settings.oauth is not None:
+        from gatepost.auth.oauth import OauthVerifier  # noqa: PLC0415
+
+        return OauthVerifier(settings.oauth, now=now)
+    raise ValueError(f"[auth] verify names {name}, and there is no [auth.{name}]")
+
+
+def _judged(server: LoginServer) -> ssl.SSLContext | None:
+    """How the server's certificate is judged; None for the system's authorities."""
+    if not server.authority:
+        return None
+    try:
+        return ssl.create_default_context(cafile=server.authority)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError([f"authority = {server.authority!r}: {error}; it must be a certificate in PEM"]) from error

@@ -13,6 +13,7 @@ class LoginServer:
         host, port: where it is; a DNS name is looked up at each login.
         tls: "off", "opportunistic" (STLS or STARTTLS where offered, the certificate not judged), "required" (the same,
             never without, the certificate judged) or "implicit" (TLS from the first octet, judged).
+        authority: PEM file of the authority that signed its certificate, "" for the system's.
         login: how the user's name is told to the server: "{user}" as typed, "{local_part}", "{domain}".
         timeout_s: for the whole of one login.
         connections: logins at the same time, in this process.
@@ -24,6 +25,7 @@ class LoginServer:
     login: str = "{user}"
     timeout_s: float = 10.0
     connections: int = 20
+    authority: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class AuthSettings:
         verify: who is asked, in order: "accounts", "pop3", "imap", "smtp", "ldap", "dovecot", "oauth".
         cache_s: how long a good login to another server is believed again without asking, 0 for never.
         accounts: the directory of our own accounts.
+        hello: the name we say to another SMTP server.
     """
 
     verify: tuple[str, ...] = ("accounts",)
@@ -107,3 +110,4 @@ class AuthSettings:
     dovecot: DovecotServer | None = None
     oauth: OauthIssuer | None = None
     cache_s: float = 60.0
+    hello: str = "localhost"

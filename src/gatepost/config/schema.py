@@ -438,6 +438,10 @@ class LoginServer(Table):
         description="off, opportunistic (where offered, its certificate not judged), required (never without, judged) "
         "or implicit (TLS from the first octet, judged).",
     )
+    authority: File = Field(
+        "",
+        description="PEM file of the authority that signed its certificate, where it is judged. Default: the system's.",
+    )
     login: LoginForm = Field(
         "{user}",
         description="How the user is named to the server: {user} as typed, {local_part} before the @, {domain} behind "

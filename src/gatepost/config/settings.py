@@ -60,7 +60,7 @@ def build(document: Document, now: float) -> GateSettings:
     workers = gate.workers or len(os.sched_getaffinity(0))
     backends = _backends(document, listens, name, data, workers)
     rules = _rules(document, limits.recipients_per_message, now)
-    auth = _auth(document, data)
+    auth = _auth(document, data, name)
     _refuse_lost_references(document)
     _judge_logins(document, listens, rules)
     _warn_of_absent_parts(document)
@@ -264,7 +264,7 @@ def _tls(document: Document) -> TlsSettings:
 # --- Logins -----------------------------------------------------------------------------------------------------------
 
 
-def _auth(document: Document, data: str) -> AuthSettings:
+def _auth(document: Document, data: str, hello: str) -> AuthSettings:
     """Who verifies a login."""
     auth = cast("schema.Auth", document.tables["auth"])
     verify = tuple(dict.fromkeys(auth.verify))
@@ -286,6 +286,7 @@ def _auth(document: Document, data: str) -> AuthSettings:
         dovecot=_dovecot(document),
         oauth=_oauth(document),
         cache_s=auth.cache,
+        hello=hello,
     )
 
 
@@ -298,7 +299,8 @@ def _login_server(document: Document, name: str) -> LoginServer | None:
         document.warning(
             ("auth", name, "tls"), "passwords cross the network as they are; write a tls that the server can do"
         )
-    return LoginServer(host, port, table.tls, table.login, table.timeout, table.connections)
+    authority = _path(document.path, table.authority) if table.authority else ""
+    return LoginServer(host, port, table.tls, table.login, table.timeout, table.connections, authority)
 
 
 def _near(host: str) -> bool:

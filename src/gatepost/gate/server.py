@@ -481,7 +481,7 @@ class Server:
         if self._authenticator is not None and self._authenticator[0] == auth:
             return self._authenticator[1]
         assert self._store is not None
-        return Authenticator(auth, freshness=Freshness(self._store, self._digests, self.now_s))
+        return Authenticator(auth, freshness=Freshness(self._store, self._digests, self.now_s), now=self.now_s)
 
     def _take_logins(self, settings: GateSettings, authenticator: Authenticator) -> None:
         """Who verifies logins from here on, who is never banned, and what grants ask of the TLS handshake."""
