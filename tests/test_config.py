@@ -810,8 +810,8 @@ ACCOUNTS = '[[trust]]\naccounts = "*"\n'
         (
             f'{OFFERED}[[trust]]\naccounts = "alice"\ntls_minimum = "1.0"\n',
             (
-                '16: [[trust]] tls_minimum = "1.0": who a client is shows after the TLS handshake here, so that none below '
-                "the listener's minimum is spoken; an entry by network or host can have less"
+                '16: [[trust]] tls_minimum = "1.0": who a client is shows after the TLS handshake here, so that none '
+                "below the listener's minimum is spoken; an entry by network or host can have less"
             ),
         ),
         (

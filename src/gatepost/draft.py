@@ -182,8 +182,8 @@ local = {_list(answers.local)}
 address = {_quoted(answers.backend)}
 {_backend_tls(answers.backend)}
 {_trust(answers.trust)}
-# People who log in may send to other domains as well.  `gatepost account add NAME` makes an account; or the accounts stay
-# where they are: [auth] names the servers that know them.
+# People who log in may send to other domains as well.  `gatepost account add NAME` makes an account; or the accounts
+# stay where they are: [auth] names the servers that know them.
 # [[listen]]
 # name = "submission"
 # address = "0.0.0.0:587"

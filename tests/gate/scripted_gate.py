@@ -345,7 +345,8 @@ class Trial:
     def session(self, peer: Peer) -> Session:
         """The gate's side of this client."""
         port = peer.writer.get_extra_info("sockname")[1]
-        return next(session for session in self.server.sessions if session.facts.client.port == port)
+        sessions = [session for session in self.server.sessions if isinstance(session, Session)]
+        return next(session for session in sessions if session.facts.client.port == port)
 
     # ---- time
 

@@ -133,7 +133,7 @@ def by_smtplib(site: Site, mechanism: str, user: str, secret: str, sender: str, 
     with smtplib.SMTP("127.0.0.1", site.gate.ports["submission"], HELLO, PATIENCE_S) as client:
         client.starttls(context=unjudging())
         client.ehlo()
-        client.user, client.password = user, secret  # type: ignore[assignment]
+        client.user, client.password = user, secret
         authenticate = {"PLAIN": client.auth_plain, "LOGIN": client.auth_login}[mechanism]
         try:
             client.auth(mechanism, authenticate)
