@@ -38,7 +38,7 @@ from gatepost.smtp.command import MailParameters, RcptParameters
 from gatepost.smtp.path import ReversePath
 from gatepost.smtp.reply import Reply
 from gatepost.telemetry import Metrics, Occupancy, SessionLog, Style
-from gatepost.telemetry import log as log_module
+from gatepost.telemetry import batches as batches_module
 from gatepost.telemetry.metrics import Family
 from gatepost.verdict import AdmittedRecipient
 
@@ -235,7 +235,7 @@ class Trial:
         self._descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.log = SessionLog(self._descriptor, Style())
         self.metrics = Metrics.private()
-        monkeypatch.setattr(log_module, "FLUSH_S", 0.001)
+        monkeypatch.setattr(batches_module, "FLUSH_S", 0.001)
         monkeypatch.setattr(server_module, "SWEEP_S", 10.0 * PATIENCE_S)
         monkeypatch.setattr(server_module, "make_backend", self._make_backend)
         for module in (session_module, server_module):

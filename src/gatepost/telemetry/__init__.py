@@ -5,6 +5,7 @@ Why: several processes serve one gate, and its operator wants one count, one lim
 Promise: nothing here waits on the event loop, takes a lock that another process may hold there, or changes a verdict.
 """
 
+from gatepost.telemetry.batches import Batches
 from gatepost.telemetry.board import StatusBoard
 from gatepost.telemetry.log import (
     Level,
@@ -14,6 +15,7 @@ from gatepost.telemetry.log import (
     SessionRecord,
     Style,
     TransactionRecord,
+    json_line,
     rfc3339,
 )
 from gatepost.telemetry.memory import create_memory, map_memory
@@ -50,6 +52,7 @@ __all__ = [
     "SESSIONS_OPEN",
     "STAGES",
     "WORKERS_RESTARTED",
+    "Batches",
     "Family",
     "Metrics",
     "Occupancy",
@@ -60,6 +63,7 @@ __all__ = [
     "Style",
     "TransactionRecord",
     "create_memory",
+    "json_line",
     "map_memory",
     "rfc3339",
 ]

@@ -1,14 +1,13 @@
 """The log: one line a session, one line an event; JSON in a pipe, a calm table on a terminal.
 
 Why: a busy gate ends thousands of sessions a second and its log reader may be slow or gone.  The event loop formats a
-    line and appends it to a queue (a few microseconds); a thread writes what has gathered, some times a second.
+    line and appends it to a queue (a few microseconds), which a thread empties (``batches``).
 Trust: hello names, paths and replies in a record come from strangers.  In JSON everything but printable ASCII is
     escaped; on a terminal everything that is not printable (controls, escape sequences, bidirectional overrides,
     zero-width characters, line separators) is shown as an escape, so a line is one line and says what it says.
 Promise: never blocks the event loop; the queue is bounded and what it drops is counted and said; lines of several
     processes on one pipe stay whole (a lock around each batch); what was logged before ``close`` is written, if anybody
-    reads.  A reader that goes away does not stop the gate.  A process that is killed takes the lines of its last
-    FLUSH_S along.
+    reads.  A reader that goes away does not stop the gate.
 Sources: RFC 8259 (JSON), RFC 3339 (time), no-color.org, Unicode general categories.
 """
 
@@ -17,20 +16,18 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import threading
 import time
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import Enum, unique
 from json import JSONEncoder
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-FLUSH_S = 0.05
+from gatepost.telemetry.batches import CLOSE_S, Batches
+
 BATCH_OCTETS = 64 << 10
 QUEUE_OCTETS_MAX = 4 << 20
-CLOSE_S = 2.0
 _COLUMNS = 100  # of a terminal that does not say
 
 _encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode  # ensure_ascii: see Trust
@@ -159,6 +156,13 @@ def rfc3339(now_s: float) -> str:
     return f"{_Second.text}.{int((now_s - second) * 1000):03d}Z"
 
 
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """JSON on one line, without its line end: printable ASCII, whatever stands in it.  RFC 8259."""
+    line = _encode(record)
+    # The one control character that JSON and ensure_ascii leave as it is.
+    return (line.replace("\x7f", "\\u007f") if "\x7f" in line else line).encode()
+
+
 def _utc_s() -> float:
     return datetime.now(UTC).timestamp()
 
@@ -187,22 +191,18 @@ class SessionLog:
         self._descriptor = descriptor
         self._style = style
         self._lock = lock
-        self._dropped_callback = dropped
         self._now = now
-        self._queue_octets_max = queue_octets_max
-        self._queue: deque[bytes] = deque()
-        self._queued_octets = 0  # written by the event loop's thread alone
-        self._written_octets = 0  # written by the writing thread alone
-        self._dropped = 0  # written by the event loop's thread alone
-        self._lost = 0  # written by the writing thread alone
-        self._lost_counted = 0
         self._columns = _COLUMNS
         if style.terminal:
             self._measure()
-        self._wake = threading.Event()
-        self._full = threading.Event()
-        self._closing = False
-        self._thread: threading.Thread | None = None
+        self._batches = Batches(
+            self._write_batch,
+            size_max=queue_octets_max,
+            batch_size=BATCH_OCTETS,
+            name="log",
+            dropped=dropped,
+            caught_up=self._say_dropped,
+        )
 
     # ---- the event loop's side
 
@@ -211,9 +211,7 @@ class SessionLog:
         if self._style.terminal:
             self._append(human_session(record, self._columns, colour=self._style.colour).encode("utf-8", "replace"))
         else:
-            line = _encode(record)
-            # The one control character that JSON and ensure_ascii leave as it is.
-            self._append((line.replace("\x7f", "\\u007f") if "\x7f" in line else line).encode())
+            self._append(json_line(record))
 
     def event(self, name: str, text: str, level: Level = Level.NOTE, **fields: Any) -> None:  # noqa: ANN401  JSON
         """Log what happened to the gate itself.
@@ -228,74 +226,28 @@ class SessionLog:
             self._append(human_event(now_s, text, level, colour=self._style.colour).encode("utf-8", "replace"))
         else:
             record = {"time": rfc3339(now_s), "event": name, "level": level.value, "text": text, **fields}
-            self._append(_encode(record).replace("\x7f", "\\u007f").encode())
+            self._append(json_line(record))
 
     def line(self, text: str) -> None:
         """Write a line as it is, in either style; ours alone, never a stranger's text."""
         self._append(text.encode("utf-8", "replace"))
 
     def _append(self, line: bytes) -> None:
-        octets = len(line) + 1
-        if self._lost != self._lost_counted:
-            self._count_dropped(self._lost - self._lost_counted)
-            self._lost_counted = self._lost
-        waiting = self._queued_octets - self._written_octets
-        if waiting + octets > self._queue_octets_max:
-            self._dropped += 1
-            self._count_dropped(1)
-            return
-        self._queued_octets += octets
-        self._queue.append(line)
-        if not self._wake.is_set():
-            if self._thread is None:
-                self._start()
-            self._wake.set()
-        if waiting > BATCH_OCTETS and not self._full.is_set():
-            self._full.set()
-
-    def _count_dropped(self, lines: int) -> None:
-        if self._dropped_callback is not None:
-            self._dropped_callback(lines)
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._write_batches, name="log", daemon=True)
-        self._thread.start()
+        self._batches.append(line, len(line) + 1)
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Write what waits, for at most ``timeout_s`` (nobody may be reading), and end the thread."""
-        self._closing = True
-        self._full.set()
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        """Write what waits, for at most ``timeout_s`` (nobody may be reading)."""
+        self._batches.close(timeout_s)
 
     # ---- the writing thread's side
 
-    def _write_batches(self) -> None:
-        noticed = 0
-        while True:
-            self._wake.wait()
-            if not self._closing:
-                self._full.wait(FLUSH_S)  # let a batch gather
-            self._full.clear()
-            closing = self._closing  # before the queue is emptied: what came before close() is written
-            self._wake.clear()
-            if self._style.terminal:
-                self._measure()
-            while self._queue:
-                batch: list[bytes] = []
-                octets = 0
-                while self._queue and octets < BATCH_OCTETS:
-                    batch.append(self._queue.popleft())
-                    octets += len(batch[-1]) + 1
-                batch.append(b"")
-                self._write(b"\n".join(batch))
-                self._written_octets += octets
-            if self._dropped != noticed:
-                lines, noticed = self._dropped - noticed, self._dropped
-                self._write(self._drop_notice(lines))
-            if closing:
-                return
+    def _write_batch(self, lines: list[bytes]) -> int:
+        if self._style.terminal:
+            self._measure()
+        return self._write(b"\n".join([*lines, b""]))
+
+    def _say_dropped(self, lines: int) -> None:
+        self._write(self._drop_notice(lines))
 
     def _drop_notice(self, lines: int) -> bytes:
         text = f"{lines} lines of this log were dropped: its reader is too slow"
@@ -308,10 +260,14 @@ class SessionLog:
             "text": text,
             "lines": lines,
         }
-        return _encode(record).encode() + b"\n"
+        return json_line(record) + b"\n"
 
-    def _write(self, octets: bytes) -> None:
-        """One batch, whole.  A reader that went away costs the batch, not the gate."""
+    def _write(self, octets: bytes) -> int:
+        """One batch, whole.  A reader that went away costs the batch, not the gate.
+
+        Returns:
+            How many lines were lost.
+        """
         if self._lock is not None:
             # A POSIX lock: it belongs to the process and ends with it, also with SIGKILL in the middle of a batch.
             fcntl.lockf(self._lock, fcntl.LOCK_EX)
@@ -325,10 +281,11 @@ class SessionLog:
                     writable.register(self._descriptor, select.POLLOUT)
                     writable.poll(1000)
         except OSError:
-            self._lost += octets.count(b"\n")
+            return octets.count(b"\n")
         finally:
             if self._lock is not None:
                 fcntl.lockf(self._lock, fcntl.LOCK_UN)
+        return 0
 
     def _measure(self) -> None:
         try:
