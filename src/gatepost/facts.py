@@ -79,6 +79,8 @@ class Session(NamedTuple):
         hosts: names of trusted or denied hosts that resolve to the client's address at this time.
         certificate: SHA-256 of the certificate that the client proved to own, hexadecimal, "" for none.
         mailbox_login: for POP-before-SMTP; None where nobody logged in from that address lately.
+        suspended: the trust in the client's address is suspended, for strangers were seen behind it;
+            listen_suspended: that in whoever comes to the listener.
     """
 
     reference: str
@@ -93,6 +95,30 @@ class Session(NamedTuple):
     auth_required: bool = False
     certificate: str = ""
     mailbox_login: MailboxLogin | None = None
+    suspended: bool = False
+    listen_suspended: bool = False
+
+
+class Evidence(NamedTuple):
+    """What was seen behind one trusted address, or at one trusted listener: in one session, or in the last days.
+
+    Attributes:
+        hellos: whom clients said to be in EHLO or HELO, one word for each organisation; public_names: those of them
+            that are public and not ours.
+        reverse_domains: organisations of reverse-paths that are public and not ours; inbound_domains: those of them
+            that brought mail for our domains.
+        bounces: whom clients said to be that brought mail with the null reverse-path for our domains.
+        fingerprints: TLS version and cipher.
+        public_clients: addresses, at a listener.
+    """
+
+    hellos: tuple[str, ...] = ()
+    public_names: tuple[str, ...] = ()
+    reverse_domains: tuple[str, ...] = ()
+    inbound_domains: tuple[str, ...] = ()
+    bounces: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()
+    public_clients: tuple[str, ...] = ()
 
 
 class Transaction(NamedTuple):

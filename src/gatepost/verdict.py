@@ -43,6 +43,7 @@ class Reason(Enum):
     ROUTING = (550, "5.7.1", "Relaying is prohibited: the address holds routing characters")
     DENIED = (550, "5.7.1", "Refused by the administrator of this server")
     EXPIRED_TRUST = (550, "5.7.1", "Relaying is prohibited: the permission has expired")
+    SUSPENDED = (550, "5.7.1", "Relaying is prohibited: the trust in this address is suspended")
     NARROWED = (550, "5.7.1", "Relaying is prohibited: not from or to this address")
     MAILBOX_LOGIN = (550, "5.7.1", "Relaying is prohibited: read your mail first, then send")
     SEND_AS = (550, "5.7.1", "Sending as this address is prohibited")
@@ -66,8 +67,8 @@ class Reason(Enum):
         Args:
             hint: what helps whoever sees the reply and is known to them already; printable.
         """
-        wording = f"{self.wording}: {hint}" if hint else self.wording
-        return Reply(self.code, f"{wording} [{reference}]" if reference else wording, self._enhanced)
+        words = f"{self.wording}: {hint}" if hint else self.wording
+        return Reply(self.code, f"{words} [{reference}]" if reference else words, self._enhanced)
 
 
 class LocalDomain(NamedTuple):

@@ -15,7 +15,20 @@ import pytest
 from tests.counters.conftest import NOW
 
 from gatepost.counters import Digests, EmbeddedStore, embedded, state_directory
-from gatepost.counters.store import ACCOUNT_BAN, BAN, KINDS, LENGTHS, LOGIN, PAIR, PREFIX, RECORDS_MAX, USER
+from gatepost.counters.store import (
+    ACCOUNT_BAN,
+    BAN,
+    EVIDENCE,
+    KINDS,
+    LENGTHS,
+    LOGIN,
+    PAIR,
+    PREFIX,
+    RECORDS_MAX,
+    RESUMED,
+    SUSPENSION,
+    USER,
+)
 from gatepost.errors import StorageError
 
 WRITER = f"""
@@ -202,6 +215,7 @@ def test_a_reader_that_was_stopped_ends_no_session(directory):
 def test_the_file_holds_the_greatest_number_of_every_kind():
     """Full sets of 32 members; bans and logins with names and reasons of usual length; pages filled to 60 percent."""
     octets = {PAIR: 100, USER: 280, PREFIX: 280, BAN: 300, ACCOUNT_BAN: 300, LENGTHS: 0, LOGIN: 330}
+    octets |= {EVIDENCE: 300, SUSPENSION: 600, RESUMED: 300}
     in_trees = sum(RECORDS_MAX * (octets.get(kind, 60) + 90) / 0.6 for kind in KINDS)
     assert in_trees < embedded.MAP_OCTETS_MAX * 0.75
 

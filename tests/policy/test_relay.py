@@ -105,6 +105,8 @@ def trust_entry(words: list[str], where: str) -> TrustEntry:
                 entry["expires_at"] = float(value)
             case "pop3":
                 entry["pop3_s"] = float(value)
+            case "shared":
+                entry[key] = value == "true"
             case _:
                 entry[key] = value
     return TrustEntry(where, **entry)
@@ -188,6 +190,8 @@ def transaction_of(case: Case) -> Transaction:
         auth_required="auth" in keys,
         certificate=keys.get("certificate", ""),
         mailbox_login=MailboxLogin("alice", float(keys["login"])) if "login" in keys else None,
+        suspended="suspended" in keys,
+        listen_suspended="listen_suspended" in keys,
     )
     reverse_path = parse_reverse_path(case.reverse_path.encode(), smtputf8="utf8" in keys)
     assert not isinstance(reverse_path, PathDefect), case.reverse_path

@@ -350,6 +350,11 @@ class Trust(Table):
         "this network or host, and with nobody else.",
     )
     bare_newlines: BareNewlines = Field("refuse", description="As in [[listen]], for these clients.")
+    shared: bool = Field(
+        False,
+        description="Of network, host and listen: several clients are known to hide behind one address, or public ones "
+        "to come to the listener. The grant is then never suspended, whoever is seen there.",
+    )
 
 
 class Deny(Table):

@@ -630,6 +630,12 @@ def _trust(document: Document, now: float) -> tuple[TrustEntry, ...]:
                 "spoken; an entry by network or host can have less",
                 value=trust.tls_minimum,
             )
+        if trust.shared and trust.network is None and trust.host is None and trust.listen is None:
+            document.warning(
+                (*path, "shared"),
+                "nothing is suspended for who logs in, shows a certificate or reads its mail; remove the key",
+                value=True,
+            )
         _warn_of_expiry(document, path, trust.expires, now)
         out.append(
             TrustEntry(
@@ -649,6 +655,7 @@ def _trust(document: Document, now: float) -> tuple[TrustEntry, ...]:
                 recipients_per_hour=trust.recipients_per_hour,
                 tls_minimum=trust.tls_minimum or "",
                 bare_newlines=trust.bare_newlines,
+                shared=trust.shared,
             )
         )
     return tuple(out)

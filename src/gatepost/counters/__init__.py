@@ -1,4 +1,4 @@
-"""What all workers of one gate remember together and may lose: rates, guesses, bans, logins to the mailbox server.
+"""What all workers of one gate remember together and may lose: rates, guesses, bans, logins, evidence of lost sources.
 
 Why: a guesser who meets another worker with each connection must not begin anew, and an operator wants to see and end a
     ban from another process.  ``hourly`` counts what is looked at for each recipient, without a lock; everything else
@@ -11,6 +11,7 @@ Promise: losing all of it costs a guesser's history and no mail.
 from gatepost.counters.bans import Ban, Bans
 from gatepost.counters.digests import Digests
 from gatepost.counters.embedded import EmbeddedStore, state_directory
+from gatepost.counters.evidence import Source, Sources, Suspension
 from gatepost.counters.freshness import Freshness
 from gatepost.counters.guesses import Guesses, GuessLimits, Look
 from gatepost.counters.hourly import WINDOW_S, HourlyCounts
@@ -30,6 +31,9 @@ __all__ = [
     "Look",
     "MailboxWindows",
     "MemoryStore",
+    "Source",
+    "Sources",
     "Store",
+    "Suspension",
     "state_directory",
 ]

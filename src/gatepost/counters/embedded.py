@@ -42,7 +42,7 @@ from gatepost.counters.store import (
 )
 from gatepost.errors import StorageError
 
-MAP_OCTETS_MAX = 384 << 20  # what the greatest numbers of all kinds need, and a third more; a file with holes
+MAP_OCTETS_MAX = 640 << 20  # what the greatest numbers of all kinds need, and a third more; a file with holes
 READERS_MAX = 512  # processes that read at the same time
 _BRIM = 0.75  # of the file's pages: beyond it each new record drives out _BRIM_RECORDS; a removal needs free pages, too
 _BRIM_RECORDS = 8

@@ -27,7 +27,22 @@ PAIR, USER, PREFIX = b"p", b"u", b"c"  # wrong secrets of (user, prefix) and of 
 GOOD_ADDRESS, GOOD_PAIR = b"g", b"h"  # good logins: from an address; of a user, from a place
 BAN, ACCOUNT_BAN, LENGTHS = b"b", b"x", b"l"  # of a client; of a client with one account; prefix lengths in use
 LOGIN, LAST_GOOD = b"m", b"f"  # to the mailbox server, from an address; the mark of a user's last good secret
-KINDS = (PAIR, USER, PREFIX, GOOD_ADDRESS, GOOD_PAIR, BAN, ACCOUNT_BAN, LENGTHS, LOGIN, LAST_GOOD)
+EVIDENCE, SUSPENSION, RESUMED = b"e", b"s", b"r"  # of a trusted source: what was seen, until when it is not trusted
+KINDS = (
+    PAIR,
+    USER,
+    PREFIX,
+    GOOD_ADDRESS,
+    GOOD_PAIR,
+    BAN,
+    ACCOUNT_BAN,
+    LENGTHS,
+    LOGIN,
+    LAST_GOOD,
+    EVIDENCE,
+    SUSPENSION,
+    RESUMED,
+)
 
 
 class Item(NamedTuple):

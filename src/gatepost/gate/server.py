@@ -41,10 +41,12 @@ from gatepost.errors import StorageError
 from gatepost.facts import Client, IPAddress, MailboxLogin, Transaction, client_address
 from gatepost.facts import Session as SessionFacts
 from gatepost.gate.connection import Connection, Ended
+from gatepost.gate.interfaces import Interfaces
 from gatepost.gate.logins import Guard, Logins
 from gatepost.gate.mailbox_proxy import MailboxSession, turned_away
 from gatepost.gate.session import Session
 from gatepost.gate.settings import GateSettings, Limits, ListenSettings
+from gatepost.gate.sources import Sources
 from gatepost.gate.tls import AskingContext, Tls, TlsContext
 from gatepost.gate.trace import Dates, TraceKey
 from gatepost.policy import relay
@@ -394,6 +396,7 @@ class Server:
         self.rates: Rates
         self.trace_key: TraceKey
         self.logins: Logins
+        self.sources: Sources
         self.draining = False
         self._store: Store | None = None
         self._digests: Digests
@@ -402,6 +405,7 @@ class Server:
         self._authenticator: tuple[AuthSettings, Authenticator] | None = None
         self._counts: HourlyCounts | None = None
         self._hosts: HostFollower | None = None
+        self._interfaces = Interfaces(self.loop.time)
         self._listeners: dict[str, Listener] = {}
         self._hello_replies: dict[tuple[str, bool, tuple[str, ...], bool], tuple[Reply, frozenset[str]]] = {}
         self._hello_capabilities: list[Capabilities | None] = []
@@ -439,6 +443,10 @@ class Server:
         self.memory = Memory(settings.limits.memory_octets, settings.limits.message_memory_octets, temporary)
         self.content_limits = [_content_limits(settings.limits, normalise=normalise) for normalise in (False, True)]
         self._take_logins(settings, authenticator)
+        assert self._store is not None
+        self.sources = Sources(
+            self._store, settings.rules, settings.name, log=self.log, interfaces=self._interfaces, now_s=self.now_s
+        )
         self.greeting = Reply(220, f"{settings.name} ESMTP Gatepost")
         self.goodbye = Reply(221, f"{settings.name} closing", "2.0.0")
         self._hello_replies.clear()

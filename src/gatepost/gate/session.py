@@ -24,6 +24,7 @@ from gatepost.facts import Transaction as TransactionFacts
 from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.trace import trace_field, trace_head
 from gatepost.policy import admission, relay
+from gatepost.policy.relay import RelayRules, TrustEntry
 from gatepost.smtp import sasl
 from gatepost.smtp.command import (
     NAMELESS,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from gatepost.backend import Backend, Delivery
     from gatepost.gate.logins import Exchange, LoginEnd
     from gatepost.gate.server import Listener, Server
+    from gatepost.gate.sources import Watch
     from gatepost.gate.tls import Secured
 
 OTHER = "other"
@@ -119,6 +121,7 @@ class Session:
         "_mail",
         "_message_number",
         "_refusals",
+        "_rules",
         "_sealed_at",
         "_sealed_for",
         "_secured",
@@ -127,6 +130,7 @@ class Session:
         "_token",
         "_transaction_record",
         "_transactions",
+        "_watch",
         "connection",
         "counted",
         "engine",
@@ -142,6 +146,8 @@ class Session:
         self.connection = connection
         self.counted = client.address  # as whom the server counted this session
         self.facts = self._facts_of(client, server.new_reference())
+        self._watch: Watch | None = None  # over the trust in where the client comes from, where there is any
+        self._rules: RelayRules
         self._front: Client | None = None  # a listed front end, once it said by XCLIENT who its client is
         self.engine = self._new_engine()
         self._secured: Secured | None = None
@@ -185,9 +191,7 @@ class Session:
     def _new_engine(self) -> ServerEngine:
         """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
         settings, now = self.listener.settings, time.time()  # noqa: TID251
-        grants = [
-            entry for entry in relay.grants(self.server.settings.rules, self.facts) if not relay.expired(entry, now)
-        ]
+        grants = [entry for entry in self._granted() if not relay.expired(entry, now)]
         normalise = "normalise" in {settings.bare_newlines, *(entry.bare_newlines for entry in grants)}
         # A device that somebody named here, or that stands inside, need not know its own name.
         named = settings.role == "inside" or any(entry.network is not None or entry.host for entry in grants)
@@ -197,6 +201,17 @@ class Session:
         early |= {"XCLIENT"} if self._is_front else set()
         self.connection.reader = engine = ServerEngine(self._lax.union(early), self.server.content_limits[normalise])
         return engine
+
+    def _granted(self) -> list[TrustEntry]:
+        """The grants that cover this client; what it shows is watched where they trust its address or its listener."""
+        self._rules = rules = self.server.settings.rules
+        granted = relay.grants(rules, self.facts)
+        if granted or self._watch is not None:  # for a stranger nothing is looked up
+            self._watch = self.server.sources.watch(self.facts)
+            if self._watch is not None:
+                self.facts = self._watch.standing(self.facts)
+                granted = relay.grants(rules, self.facts)
+        return granted
 
     # ---- the loop
 
@@ -233,6 +248,8 @@ class Session:
         finally:
             try:
                 self._forget_transaction()
+                if self._watch is not None:
+                    self._watch.ended(self.facts, self._fingerprint)
                 if self.connection.send(self.engine.data_to_send()):
                     await self.connection.drained()
             finally:
@@ -348,6 +365,11 @@ class Session:
         return self._secured.bindings if self._secured is not None else {}
 
     @property
+    def _fingerprint(self) -> str:
+        """How the client speaks TLS, "" where it does not."""
+        return f"{self._secured.version}/{self._secured.cipher}" if self._secured is not None else ""
+
+    @property
     def _is_front(self) -> bool:
         """Whether this end may say by XCLIENT who its client is: by its own address, whatever it said before."""
         fronts = self.listener.fronts
@@ -376,6 +398,7 @@ class Session:
         # LOGIN is read and not believed: an identity is made from what was verified here, and from nothing else.
         facts = self._facts_of(client, self.facts.reference)
         self.facts = facts._replace(hello=command.hello or "", tls=self.facts.tls)
+        self._watch = None
         return self.server.greeting
 
     def _begin_anew(self) -> None:
@@ -515,6 +538,8 @@ class Session:
         server, transaction, mail = self.server, self.transaction, self._mail
         assert transaction is not None and mail is not None
         self._look_again()
+        if self._watch is not None:
+            self.facts = self._watch.recipient(self.facts, self._fingerprint, mail.reverse_path, command.forward_path)
         transaction = TransactionFacts(
             self.facts,
             mail.reverse_path,
@@ -676,12 +701,17 @@ class Session:
         return self.server.goodbye
 
     def _look_again(self) -> None:
-        """What a session knew when it began may have changed: the names of the client's address, a login from there."""
+        """What was known at the beginning may have changed: names of the client's address, a login, trust and rules."""
         facts = self.facts
         hosts = self.server.hosts_of(facts.client.address)
         login = self.server.mailbox_login(facts.client.address)
-        if hosts != facts.hosts or login != facts.mailbox_login:
+        changed = hosts != facts.hosts or login != facts.mailbox_login
+        if changed:
             self.facts = facts._replace(hosts=hosts, mailbox_login=login)
+        if changed or self._rules is not self.server.settings.rules:
+            self._granted()
+        elif self._watch is not None:
+            self.facts = self._watch.standing(self.facts)
 
     # ---- answers
 

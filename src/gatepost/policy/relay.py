@@ -61,6 +61,7 @@ class TrustEntry:
         expires_at: seconds since the epoch, None for never.
         tls_minimum: "1.2" grants nothing to a session in plain text or older TLS; "" is any.
         pop3_s: so long after a login to the mailbox server through our proxy the client may send; 0 for no such grant.
+        shared: several clients are known to stand behind one address; the entry is never suspended.
         reverse_texts, forward_texts: the same patterns for lookup; empty means any, for "*" among them narrows nothing.
     """
 
@@ -80,6 +81,7 @@ class TrustEntry:
     recipients_per_hour: int = 0
     tls_minimum: str = ""
     bare_newlines: str = "refuse"
+    shared: bool = False
     reverse_texts: frozenset[str] = field(init=False, repr=False, compare=False)
     forward_texts: frozenset[str] = field(init=False, repr=False, compare=False)
 
@@ -277,7 +279,33 @@ def local_domain(rules: RelayRules, forward_path: ForwardPath) -> LocalDomain | 
 
 
 def grants(rules: RelayRules, session: Session) -> list[TrustEntry]:
-    """The trust entries whose ``who`` matches this session, in the order of the file; expiry is not looked at."""
+    """The trust entries whose ``who`` matches this session, in the order of the file; expiry is not looked at.
+
+    What is suspended is left out: who logged in, shows a certificate or read its mail keeps what that gives.
+    """
+    found = _matching(rules, session)
+    if session.suspended or session.listen_suspended:
+        return [entry for entry in found if not _suspended(entry, session)]
+    return found
+
+
+def withheld(rules: RelayRules, session: Session) -> list[TrustEntry]:
+    """The trust entries that would match, were the client's address or its listener not suspended."""
+    if session.suspended or session.listen_suspended:
+        return [entry for entry in _matching(rules, session) if _suspended(entry, session)]
+    return []
+
+
+def suspendable(entry: TrustEntry) -> bool:
+    """Whether the entry trusts where a client comes from, which may be lost on the way."""
+    return not entry.shared and (entry.network is not None or bool(entry.host) or bool(entry.listen))
+
+
+def _suspended(entry: TrustEntry, session: Session) -> bool:
+    return suspendable(entry) and (session.suspended or bool(entry.listen))
+
+
+def _matching(rules: RelayRules, session: Session) -> list[TrustEntry]:
     if not rules.trust:
         return []
     index = rules.index
@@ -303,6 +331,10 @@ def _by_trust(
     Of several reasons a rate that is used up is told, for it passes; else that of the first entry in the file.
     """
     refusal: Refuse | Defer | None = None
+    for entry in withheld(rules, transaction.session):
+        if _missing(entry, transaction, forward_path) is None:
+            refusal = Refuse(Reason.SUSPENDED, entry.where, entry.why)
+            break
     for entry in grants(rules, transaction.session):
         missing = _missing(entry, transaction, forward_path)
         if missing is None:

@@ -44,6 +44,7 @@ REASONS = (
     "routing",
     "denied",
     "expired_trust",
+    "suspended",
     "narrowed",
     "mailbox_login",
     "send_as",
