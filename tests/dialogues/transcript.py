@@ -4,7 +4,8 @@ One file is one dialogue, commented, with the section of the RFC it shows.  Its 
 
     # text              a comment
     @ client 127.0.0.2  where the client comes from; default a stranger's address
-    @ listen tls        which listener it talks to: mx (default), tls, inside
+    @ listen tls        which listener it talks to: mx (default), tls, inside, submission (STARTTLS), submissions (TLS
+                        at once); there alice@example.com may log in, with the password "correct horse"
     @ only gate         not for the bare engine, because the gate itself answers; says why behind a dash
     C: text             the client sends the text and CRLF; \\r \\n \\0 \\t \\\\ \\xNN stand for octets
     C> text             the client sends these octets and no more

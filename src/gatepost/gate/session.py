@@ -149,7 +149,7 @@ class Session:
         self._watch: Watch | None = None  # over the trust in where the client comes from, where there is any
         self._rules: RelayRules
         self._front: Client | None = None  # a listed front end, once it said by XCLIENT who its client is
-        self.engine = self._new_engine()
+        self.engine = self._new_engine(tls=listener.settings.tls == "implicit")
         self._secured: Secured | None = None
         self._exchange: tuple[str, Exchange] | None = None
         self._logins: list[LoginRecord] = []
@@ -188,8 +188,12 @@ class Session:
             mailbox_login=server.mailbox_login(client.address),
         )
 
-    def _new_engine(self) -> ServerEngine:
-        """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2)."""
+    def _new_engine(self, *, tls: bool) -> ServerEngine:
+        """Protocol state from nothing: at the start, and again behind TLS (RFC 3207 §4.2).
+
+        Args:
+            tls: the client's first command will come over TLS.
+        """
         settings, now = self.listener.settings, time.time()  # noqa: TID251
         grants = [entry for entry in self._granted() if not relay.expired(entry, now)]
         normalise = "normalise" in {settings.bare_newlines, *(entry.bare_newlines for entry in grants)}
@@ -197,7 +201,7 @@ class Session:
         named = settings.role == "inside" or any(entry.network is not None or entry.host for entry in grants)
         self._lax = _NAMELESS if named else frozenset()
         # Before EHLO nothing is offered, but these verbs have a place in the dialogue, and are told so.
-        early = {"AUTH"} if self.listener.takes_logins(tls=bool(self.facts.tls)) else set()
+        early = {"AUTH"} if self.listener.takes_logins(tls=tls) else set()
         early |= {"XCLIENT"} if self._is_front else set()
         self.connection.reader = engine = ServerEngine(self._lax.union(early), self.server.content_limits[normalise])
         return engine
@@ -404,7 +408,7 @@ class Session:
     def _begin_anew(self) -> None:
         """Behind the 220 that answers XCLIENT: the client is greeted, and says EHLO."""
         self.connection.send(self.engine.data_to_send())
-        self.engine = self._new_engine()
+        self.engine = self._new_engine(tls=bool(self.facts.tls))
 
     def starttls(self, _: StartTls) -> Reply:
         """TLS from here on; all that was said before is forgotten.  RFC 3207 §4."""
@@ -422,7 +426,7 @@ class Session:
         self.connection.send(self.engine.data_to_send())
         # RFC 3207 §4.2: new facts and a new engine, so that nothing learned before can linger.
         self.facts = self.facts._replace(hello="", esmtp=False, identity=None)
-        self.engine = self._new_engine()
+        self.engine = self._new_engine(tls=True)
         await self._handshake()
 
     async def _handshake(self, early: bytes = b"") -> None:
