@@ -6,21 +6,18 @@ import contextlib
 import math
 import os
 import pwd
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from gatepost import config
-from gatepost.cli import BAD_NEWS, DONE
+from gatepost.cli import BAD_NEWS, DONE, records
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.config import values
-from gatepost.counters import Ban, Bans, Digests, EmbeddedStore, state_directory
+from gatepost.counters import Ban, Bans, Digests, state_directory
 from gatepost.errors import GatepostError
-from gatepost.gate import privileges
 from gatepost.policy.relay import IPNetwork
 
 COLUMNS = ("client", "account", "until", "made by", "why")
@@ -105,44 +102,10 @@ def remove(
 
 @contextlib.contextmanager
 def _bans(config_path: str | None, *, make: bool) -> Iterator[Bans | None]:
-    """The bans of the configuration's gate; None where nothing was ever kept and nothing is to be made.
-
-    What root does here is done as the owner of the data directory: files get that owner, and a link that was planted
-    there leads root nowhere.
-    """
+    """The bans of the configuration's gate; None where nothing was ever kept and nothing is to be made."""
     loaded = config.load_file(config.find(config_path))
-    if make:
-        where = loaded.config_path or config.EMBEDDED_DEFAULT_NAME
-        privileges.prepare_data(loaded.data, privileges.account_of(loaded.user, where), where)
-    with privileges.acting_as(_owner(loaded.data)):
-        directory = state_directory(loaded.data)
-        if not make and not _is_there(directory / "data.mdb"):
-            yield None
-            return
-        store = EmbeddedStore(directory, lambda sentence: print(sentence, file=sys.stderr))
-        try:
-            yield Bans(store, Digests.in_directory(directory))
-        finally:
-            store.close()
-
-
-def _is_there(path: Path) -> bool:
-    """Whether the store has its file; where we may not even look, the store itself says so."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _owner(data: str) -> privileges.Account | None:
-    """Whom root acts as in this directory."""
-    if os.geteuid() != 0 or not Path(data).exists():
-        return None
-    status = Path(data).stat()
-    return None if status.st_uid == 0 else privileges.Account("", status.st_uid, status.st_gid)
+    with records.opened(loaded, make=make) as store:
+        yield None if store is None else Bans(store, Digests.in_directory(state_directory(loaded.data)))
 
 
 def _network(written: str) -> IPNetwork:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from gatepost import config
-from gatepost.cli import DONE
+from gatepost.cli import DONE, trust
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.config import sentences, surroundings
 
@@ -18,7 +18,7 @@ def check(*, config_path: ConfigOption = None, as_json: JsonOption = False) -> i
     path = config.find(config_path)
     loaded = config.load_file(path)
     facts = sentences.summary(loaded, datetime.now(UTC).timestamp())
-    facts["warnings"] += surroundings.look(loaded)
+    facts["warnings"] += surroundings.look(loaded) + trust.warnings(loaded)
     if as_json:
         say_json(facts)
     else:

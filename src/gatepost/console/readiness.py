@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def readiness(state: Mapping[str, Any], backends: Mapping[str, bool]) -> tuple[bool, dict[str, Any]]:
+def readiness(
+    state: Mapping[str, Any], backends: Mapping[str, bool], suspended: int = 0
+) -> tuple[bool, dict[str, Any]]:
     """The verdict, and the body that explains it.
 
     Args:
         state: what the supervisor wrote last; {} when it wrote nothing.
         backends: of each backend that was ever asked, whether it answered when a worker last asked it.
+        suspended: trusted addresses and listeners whose trust is suspended.
     """
     problems = list(_problems(state))
     down = sorted(name for name, up in backends.items() if not up)
@@ -29,6 +32,7 @@ def readiness(state: Mapping[str, Any], backends: Mapping[str, bool]) -> tuple[b
         "backends": {name: "up" if up else "down" for name, up in sorted(backends.items())},
         "warnings": [
             *(f"backend {name} was last seen down: its mail is deferred with 451" for name in down),
+            *_suspension_warnings(suspended),
             *_reload_warnings(state),
         ],
     }
@@ -50,6 +54,13 @@ def _problems(state: Mapping[str, Any]) -> list[str]:
     if not problems and not state.get("serving"):
         problems.append("starting: not every listener accepts yet")
     return problems
+
+
+def _suspension_warnings(suspended: int) -> list[str]:
+    if not suspended:
+        return []
+    whose = "1 address or listener" if suspended == 1 else f"{suspended} addresses or listeners"
+    return [f"the trust in {whose} is suspended: strangers were seen there; see gatepost trust list"]
 
 
 def _reload_warnings(state: Mapping[str, Any]) -> list[str]:

@@ -57,14 +57,17 @@ from gatepost.smtp.content import ContentLimits
 from gatepost.smtp.path import ForwardPath
 from gatepost.smtp.preamble import ProxyDefect, ProxyHeader, ProxyParser
 from gatepost.smtp.reply import Reply
+from gatepost.store import Refusals, refusals_directory
 from gatepost.telemetry import (
     BACKEND_SECONDS,
     BACKEND_STATE,
     MESSAGE_OCTETS,
     MESSAGES,
+    REFUSALS_DROPPED,
     REPLIES,
     SESSIONS,
     SESSIONS_OPEN,
+    TRUST_SUSPENDED,
     Level,
     Metrics,
     Occupancy,
@@ -77,6 +80,7 @@ REFERENCE_OCTETS = 5
 SWEEP_S = 1.0
 LINGER_S = 10.0  # for a peer to take the last reply
 PROBE_SWEEPS = 5  # a backend that is down is asked again so often
+SUSPENSION_SWEEPS = 5  # suspensions are counted so often, by the first worker for all
 BUSY_SHARE = 0.8  # of the sessions allowed: beyond it silence is tolerated for a shorter time
 EHLO_SIZE_ROOM_OCTETS = 2048  # our trace field must fit below the backend's own SIZE limit
 
@@ -332,6 +336,8 @@ class Counts:
         self._replies: dict[tuple[str, str], int] = {}
         self._messages = {verdict: metrics.cell(MESSAGES, verdict) for verdict in ("accepted", "deferred", "refused")}
         self._octets = metrics.cell(MESSAGE_OCTETS)
+        self._refusals_dropped = metrics.cell(REFUSALS_DROPPED)
+        self._suspended = metrics.cell(TRUST_SUSPENDED)
         self._backends: dict[str, int] = {}
         self._sessions = {role: metrics.cell(SESSIONS, role) for role in ROLES}
         self._open = {role: metrics.cell(SESSIONS_OPEN, role) for role in ROLES}
@@ -360,6 +366,14 @@ class Counts:
     def backend(self, name: str, *, up: bool) -> None:
         """A backend was seen up or down."""
         self._metrics.put(self._metrics.cell(BACKEND_STATE, name), STATE_UP if up else STATE_DOWN)
+
+    def suspended(self, sources: int) -> None:
+        """So many trusted addresses and listeners are suspended."""
+        self._metrics.put(self._suspended, sources)
+
+    def refusals_dropped(self, refusals: int) -> None:
+        """So many refusals were not kept for `gatepost explain`."""
+        self._metrics.inc(self._refusals_dropped, refusals)
 
     def delivered(self, backend: str, seconds: float) -> None:
         """A backend gave its final reply to content."""
@@ -397,6 +411,7 @@ class Server:
         self.trace_key: TraceKey
         self.logins: Logins
         self.sources: Sources
+        self.refusals: Refusals
         self.draining = False
         self._store: Store | None = None
         self._digests: Digests
@@ -483,6 +498,11 @@ class Server:
                 state_directory(data), lambda text: self.log.event("counters", text, Level.WARNING)
             )
             self._digests = Digests.in_directory(state_directory(data))
+            self.refusals = Refusals(
+                refusals_directory(data),
+                dropped=self.metrics.refusals_dropped,
+                said=lambda text: self.log.event("refusals", text, Level.WARNING),
+            )
 
     def _authenticator_for(self, auth: AuthSettings) -> Authenticator:
         """Where [auth] did not change, its connections and what was verified a moment ago are kept."""
@@ -584,6 +604,7 @@ class Server:
             self._counts.close()
         if self._store is not None:
             self._store.close()
+            await asyncio.to_thread(self.refusals.close)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it ends; its exception, a fault of ours, is logged."""
@@ -769,6 +790,8 @@ class Server:
         if self.draining:
             self._expire_idle()
             return
+        if self.worker == 0 and self._sweeps % SUSPENSION_SWEEPS == 0:
+            self.metrics.suspended(len(self.sources.records.suspensions(self.now_s())))
         self._sweeps += 1
         for backend in self.backends.values():
             if backend.healthy:

@@ -17,7 +17,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from gatepost.facts import Identity, IPAddress, MailboxLogin, Session, Transaction
-from gatepost.policy.relay import IPNetwork, RelayRules, TrustEntry, decide, grants, who
+from gatepost.policy.relay import IPNetwork, RelayRules, TrustEntry, decide, grants, who, withheld
 from gatepost.smtp.path import AddressLiteral, ForwardPath, Mailbox, NullReversePath, Pattern, Postmaster, Shape
 from gatepost.verdict import Admit, LocalDomain, Reason, Refuse, RelayVerdict
 
@@ -105,9 +105,12 @@ def _in_favour(asked: _Question, verdict: RelayVerdict) -> Iterator[tuple[str, l
         plain = Mailbox("user", asked.forward_path.mailbox.domain)
         yield "", [_sent_to(plain, "the local-part held no routing characters")]
     matching = {entry.where for entry in grants(rules, session)}
+    suspended = {entry.where for entry in withheld(rules, session)}
     for entry in rules.trust:
         mends = _narrowings(entry, asked.transaction.now)
-        if entry.where not in matching:
+        if entry.where in suspended:
+            mends = [_resumed(session), *mends]
+        elif entry.where not in matching:
             mends = [*_client_of(entry), *mends]
         yield entry.where, mends
     for local in rules.local:
@@ -141,6 +144,15 @@ def _client_of(entry: TrustEntry) -> list[_Mend]:
     if entry.pop3_s:
         return [_read_its_mail("somebody had read mail from the client's address in time")]
     return []
+
+
+def _resumed(session: Session) -> _Mend:
+    """The trust in where the client comes from held again."""
+    source = str(session.client.address) if session.suspended else session.listen
+    return _in_session(
+        f"the trust in {source} were not suspended (gatepost trust resume {source})",
+        lambda session: session._replace(suspended=False, listen_suspended=False),
+    )
 
 
 def _narrowings(entry: TrustEntry, now: float) -> list[_Mend]:
@@ -223,7 +235,8 @@ def _in_session(condition: str, change: Callable[[Session], Session]) -> _Mend:
 
 def _coming_from(address: IPAddress, condition: str) -> _Mend:
     return _in_session(
-        condition, lambda session: session._replace(client=session.client._replace(address=address), hosts=())
+        condition,
+        lambda session: session._replace(client=session.client._replace(address=address), hosts=(), suspended=False),
     )
 
 

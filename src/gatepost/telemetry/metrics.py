@@ -181,11 +181,19 @@ BACKEND_STATE: Final = _declare(
 LOG_DROPPED: Final = _declare(
     "gatepost_log_dropped_total", "Lines of the log dropped because nobody read them fast enough.", Kind.COUNTER
 )
+REFUSALS_DROPPED: Final = _declare(
+    "gatepost_refusals_dropped_total",
+    "Refusals that could not be kept for `gatepost explain`: the disk is full or slow.",
+    Kind.COUNTER,
+)
 WORKERS_RESTARTED: Final = _declare(
     "gatepost_workers_restarted_total", "Worker processes that died and were started again.", Kind.COUNTER
 )
 RELOADS: Final = _declare(
     "gatepost_reloads_total", "Reloads of the configuration.", Kind.COUNTER, {"result": ("ok", "refused")}
+)
+TRUST_SUSPENDED: Final = _declare(
+    "gatepost_trust_suspended", "Trusted addresses and listeners whose trust is suspended now.", Kind.GAUGE
 )
 CATALOGUE: Final = tuple(_catalogue)
 CELLS: Final = _cells

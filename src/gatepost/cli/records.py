@@ -1,0 +1,58 @@
+"""The records that the workers share, opened by a command, whether the gate runs or not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from gatepost import config
+from gatepost.config import Config
+from gatepost.counters import EmbeddedStore, Store, state_directory
+from gatepost.gate import privileges
+
+
+@contextlib.contextmanager
+def opened(loaded: Config, *, make: bool) -> Iterator[Store | None]:
+    """The records of the configuration's gate; None where nothing was ever kept and nothing is to be made.
+
+    What root does here is done as the owner of the data directory: files get that owner, and a link that was planted
+    there leads root nowhere.
+
+    Raises:
+        StorageError: they cannot be used.
+    """
+    if make:
+        where = loaded.config_path or config.EMBEDDED_DEFAULT_NAME
+        privileges.prepare_data(loaded.data, privileges.account_of(loaded.user, where), where)
+    with privileges.acting_as(_owner(loaded.data)):
+        directory = state_directory(loaded.data)
+        if not make and not _is_there(directory / "data.mdb"):
+            yield None
+            return
+        store = EmbeddedStore(directory, lambda sentence: print(sentence, file=sys.stderr))
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the store has its file; where we may not even look, the store itself says so."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _owner(data: str) -> privileges.Account | None:
+    """Whom root acts as in this directory."""
+    if os.geteuid() != 0 or not Path(data).exists():
+        return None
+    status = Path(data).stat()
+    return None if status.st_uid == 0 else privileges.Account("", status.st_uid, status.st_gid)
