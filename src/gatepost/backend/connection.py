@@ -51,12 +51,14 @@ class ConnectionLost(BackendUnavailable):
     Attributes:
         reply: the 421 that announced it, if one did.
         expired: the backend kept us waiting for as long as one waits; a second attempt would make it twice as long.
+        defect: the backend broke the protocol, and we ended it: it spoke unasked, or what it said was no reply.
     """
 
-    def __init__(self, text: str, reply: Reply | None = None, *, expired: bool = False) -> None:
+    def __init__(self, text: str, reply: Reply | None = None, *, expired: bool = False, defect: bool = False) -> None:
         super().__init__(text)
         self.reply = reply
         self.expired = expired
+        self.defect = defect
 
 
 class ConnectFailed(BackendUnavailable):
@@ -342,7 +344,7 @@ class Connection(asyncio.Protocol):
         engine.receive(data)
         while (reply := engine.next_reply()) is not None:
             if isinstance(reply, BackendDefect):
-                self._lose(ConnectionLost(f"{self.peer}: {reply.text}"))
+                self._lose(ConnectionLost(f"{self.peer}: {reply.text}", defect=True))
                 return
             if reply.code >= 400:
                 if reply.code == 421:
@@ -485,6 +487,20 @@ class Connection(asyncio.Protocol):
         self._engine = ClientEngine()
         self.capabilities = Capabilities()
         self.tls = str(transport.get_extra_info("ssl_object").version())
+
+
+def make_context(*, required: bool) -> ssl.SSLContext:
+    """What TLS is spoken by with a backend.
+
+    Args:
+        required: judge the certificate by the system's authorities; else any will do, for plain text would do, too.
+    """
+    if required:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # TLS 1.2 at least
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 async def open_connection(

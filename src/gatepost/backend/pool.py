@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Protocol
 
-from gatepost.backend.connection import ConnectFailed, Connection, open_connection
+from gatepost.backend.connection import ConnectFailed, Connection, make_context, open_connection
 from gatepost.backend.health import Addresses, AddressHealth
 from gatepost.backend.settings import BackendSettings, LmtpSocket, SmtpAddress
 from gatepost.errors import BackendUnavailable
@@ -401,13 +401,7 @@ class Pool:
         if kind == "off" or isinstance(address, LmtpSocket):
             return None
         if kind not in self._contexts:
-            if kind == "required":
-                context = ssl.create_default_context()
-            else:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # TLS 1.2 at least
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
-            self._contexts[kind] = context
+            self._contexts[kind] = make_context(required=kind == "required")
         return self._contexts[kind]
 
     def _adopt(self, connection: Connection) -> None:
