@@ -31,6 +31,7 @@ COMMANDS = (
     ("init", "gatepost.cli.init:init"),
     ("check", "gatepost.cli.check:check"),
     ("explain", "gatepost.cli.explain:explain"),
+    ("probe", "gatepost.cli.probe:probe"),
     ("ban", "gatepost.cli.ban:ban"),
     ("account", "gatepost.cli.account:account"),
     ("status", "gatepost.cli.running:status"),
