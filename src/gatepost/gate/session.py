@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from gatepost.backend.content import Content
@@ -43,6 +43,7 @@ from gatepost.smtp.command import (
     Xclient,
 )
 from gatepost.smtp.header import HeaderDefect, author_addresses
+from gatepost.smtp.path import ForwardPath, Mailbox
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.server import (
     NEED_DATA,
@@ -54,8 +55,9 @@ from gatepost.smtp.server import (
     ServerEngine,
     State,
 )
+from gatepost.store import Refusal
 from gatepost.telemetry import LoginRecord, RecipientRecord, SessionRecord, TransactionRecord, rfc3339
-from gatepost.verdict import Admit, Defer, Reason, Refuse
+from gatepost.verdict import Admit, Defer, Finding, Reason, Refuse
 
 if TYPE_CHECKING:
     from gatepost.backend import Backend, Delivery
@@ -528,7 +530,7 @@ class Session:
             )
         if refusal is not None:
             self._transactions.append(record)
-            reply = self._refuse("mail", refusal, record)
+            reply = self._refuse("mail", refusal, record, transaction)
             self._log_many()
             return reply
         self.transaction = transaction
@@ -557,7 +559,7 @@ class Session:
         findings = server.rates.findings(transaction, command.forward_path, self._counted)
         verdict = relay.decide(server.settings.rules, transaction, command.forward_path, findings)
         if not isinstance(verdict, Admit):
-            return self._refuse("rcpt", verdict, record)
+            return self._refuse("rcpt", verdict, record, transaction, command.forward_path, findings)
         recipient = verdict.recipient
         record["by"] = recipient.authority.where
         if self._delivery is None or self._backend is None:
@@ -565,7 +567,7 @@ class Session:
             self._delivery = self._backend.begin(mail.reverse_path, mail.parameters, self.facts)
         elif self._backend.name != recipient.backend:
             # Two backends may answer differently and one reply cannot say so: RFC 5321 §4.5.3.1.10 lets us split.
-            return self._refuse("rcpt", Defer(Reason.OTHER_ROUTE), record)
+            return self._refuse("rcpt", Defer(Reason.OTHER_ROUTE), record, transaction, command.forward_path, findings)
         reply = await self._delivery.rcpt(recipient, command.parameters)
         if reply.positive:
             self.transaction = TransactionFacts(
@@ -618,12 +620,16 @@ class Session:
         content.eight_bit, content.dotted = ended.eight_bit, ended.dotted
         if self.facts.identity is not None and self.listener.settings.send_as != "off":
             try:
-                refusal = self._send_as(record, self._author(content, self.facts.identity))
+                author = author_addresses(content.header_section())
             except StorageError as error:
                 server.storage_failed(error)
                 return self._finish(_NO_SPACE, "storage")
+            refusal = self._send_as(record, self._author(author, self.facts.identity))
             if refusal is not None:
-                reply = self._refuse("content", refusal, record)
+                assert self.transaction is not None
+                transaction = self.transaction._replace(now=time.time())  # noqa: TID251
+                authors = () if isinstance(author, HeaderDefect) else author
+                reply = self._refuse("content", refusal, record, transaction, authors=authors)
                 return self._finish(reply, refusal.reason.name.lower())
         self._message_number += 1
         message = f"{self.facts.reference}.{self._message_number}"
@@ -642,13 +648,8 @@ class Session:
         # The one line where content is answered with 250: the reply is the backend's own.
         return self._finish(reply, "accepted" if reply.positive else "backend")
 
-    def _author(self, content: Content, identity: Identity) -> Refuse | None:
-        """Whether the account may not be the author that readers of this message will see.
-
-        Raises:
-            StorageError: the content cannot be read back.
-        """
-        author = author_addresses(content.header_section())
+    def _author(self, author: tuple[Mailbox, ...] | HeaderDefect, identity: Identity) -> Refuse | None:
+        """Whether the account may not be the author that readers of this message will see."""
         if isinstance(author, HeaderDefect):
             return Refuse(Reason.AUTHOR, detail=author.value, hint=author.value)
         now = time.time()  # noqa: TID251
@@ -719,7 +720,16 @@ class Session:
 
     # ---- answers
 
-    def _refuse(self, stage: str, verdict: Refuse | Defer, record: RecipientRecord | TransactionRecord) -> Reply:
+    def _refuse(
+        self,
+        stage: str,
+        verdict: Refuse | Defer,
+        record: RecipientRecord | TransactionRecord,
+        transaction: TransactionFacts,
+        forward_path: ForwardPath | None = None,
+        findings: Sequence[Finding] = (),
+        authors: tuple[Mailbox, ...] = (),
+    ) -> Reply:
         """The reply that refuses, with a reference by which the operator finds the evidence."""
         self._refusals += 1
         reference = f"{self.facts.reference}-{self._refusals}"
@@ -729,8 +739,14 @@ class Session:
             record["by"] = verdict.where
         self.server.metrics.reply(stage, record["reason"])
         if isinstance(verdict, Refuse):
-            return self._answered(record, verdict.reply or verdict.reason.reply(reference, verdict.hint))
-        return self._answered(record, verdict.reason.reply(reference))
+            reply = verdict.reply or verdict.reason.reply(reference, verdict.hint)
+        else:
+            reply = verdict.reason.reply(reference)
+        backend = self._backend.name if self._backend is not None else ""
+        self.server.refusals.keep(
+            Refusal(reference, stage, transaction, forward_path, authors, backend, tuple(findings), verdict, reply.line)
+        )
+        return self._answered(record, reply)
 
     @staticmethod
     def _answered(record: RecipientRecord | TransactionRecord, reply: Reply) -> Reply:
