@@ -13,8 +13,9 @@ import contextlib
 import json
 import os
 import socket
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -136,11 +137,12 @@ def _words(greeting: Reply, capabilities: Capabilities) -> str:
 # --- The file ---------------------------------------------------------------------------------------------------------
 
 
-def text(answers: Answers, sighting: Sighting, date: str) -> str:
+def text(answers: Answers, sighting: Sighting, date: str, warnings: Iterable[str] = ()) -> str:
     """The file.
 
     Args:
         date: of today, for its first line.
+        warnings: sentences about the backend.
     """
     reach = (
         ""
@@ -178,7 +180,7 @@ local = {_list(answers.local)}
 
 # Where accepted mail goes.  An unknown user is refused in this server's own words, before any content is sent.
 [backend.mail]
-# When this was written: {sighting.words}{reach}
+# When this was written: {sighting.words}{reach}{"".join(map(_warning, warnings))}
 address = {_quoted(answers.backend)}
 {_backend_tls(answers.backend)}
 {_trust(answers.trust)}
@@ -198,6 +200,12 @@ address = {_quoted(answers.backend)}
 # /metrics, /healthz and /readyz, without a login: for this host alone.
 address = "127.0.0.1:8025"
 """
+
+
+def _warning(sentence: str) -> str:
+    """Comment lines; the sentence may hold a backend's words."""
+    printable = "".join(character if character.isprintable() else "?" for character in sentence)
+    return "\n" + textwrap.fill(f"WARNING: {printable}", 116, initial_indent="# ", subsequent_indent="# ")
 
 
 def _quoted(value: str) -> str:

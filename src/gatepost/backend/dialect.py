@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate
 from enum import Enum, unique
 from typing import Final, NamedTuple
@@ -154,6 +154,10 @@ class Dialect:
     size_octets: int | None
     heard: tuple[Heard, ...]
     ends: tuple[Heard, ...] = ()
+
+    def with_ends(self, ends: tuple[Heard, ...]) -> Dialect:
+        """The same, and what ``end_of_data`` told."""
+        return replace(self, ends=ends)
 
     def answer(self, form: Form) -> Answer:
         """To one form."""

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.prompt import Prompt
 
 from gatepost import config, draft
-from gatepost.cli import DONE
+from gatepost.cli import DONE, dialect
 from gatepost.cli.terminal import say
 from gatepost.config import values
 from gatepost.errors import GatepostError
@@ -65,8 +65,8 @@ def init(
     """Write a first configuration, with a comment for every choice.
 
     On a terminal it asks for what the options leave open; with --local-domain and --backend, or in a pipe, it asks
-    nothing. It looks at the backend, says what that offers, and loads what it wrote before it leaves it. Exit code: 0
-    written, 2 not.
+    nothing. It looks at the backend, says what that offers, asks it how it reads addresses and whom it takes (see
+    `gatepost check --backend`), and loads what it wrote before it leaves it. Exit code: 0 written, 2 not.
     """
     output = output or DEFAULT_OUTPUT
     asks = not non_interactive and not (local_domain and backend) and sys.stdin.isatty() and sys.stdout.isatty()
@@ -83,10 +83,16 @@ def init(
     data = data or ("/var/lib/gatepost" if in_etc else "gatepost-data")
     sighting = draft.look_at(values.backend_address(server), gate_name)
     answers = draft.Answers(gate_name, listens, local, server, trusted, data, _user())
-    octets = draft.text(answers, sighting, datetime.now(UTC).strftime("%Y-%m-%d")).encode()
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    octets = draft.text(answers, sighting, date).encode()
+    loaded = config.load(octets, output)
+    meant = dialect.first_look(loaded) if sighting.reached else []
+    octets = draft.text(answers, sighting, date, [finding.sentence for finding in meant if finding.warning]).encode()
     loaded = config.load(octets, output)
     draft.write(output, octets, overwrite=force)
     say(f"backend {server}: {sighting.words}", "" if sighting.reached else "yellow")
+    for finding in meant:
+        say(f"- {finding.sentence}", "yellow" if finding.warning else "")
     for warning in loaded.warnings:
         say(f"warning {warning}", "yellow")
     say(f"{output} is written. `gatepost check` says what it allows, `gatepost run` starts the gate.", "bold")
