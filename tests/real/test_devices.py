@@ -37,6 +37,7 @@ PLAIN_SCANNER = "127.0.0.39"
 
 OUTSIDE = "friend@elsewhere.test"
 LOCAL = "bob@example.com"
+SECRET = "a long enough secret"
 COMMAND_S = 3
 MESSAGES_ON_ONE_CONNECTION = 2_000
 GROWTH_OCTETS_MAX = 8 << 20
@@ -119,6 +120,11 @@ owner = "it@example.com"
 accounts = ["*"]
 why = "devices that can log in"
 
+[[trust]]
+accounts = ["erp@example.com"]
+why = "the ERP system, which ends lines with LF"
+bare_newlines = "normalise"
+
 [timeouts]
 command = "{COMMAND_S}s"
 
@@ -149,8 +155,9 @@ class Site(NamedTuple):
 def site(tmp_path_factory) -> Iterator[Site]:
     with LenientBackend("strict") as backend:
         gate = Gate(tmp_path_factory.mktemp("devices"), CONFIG.format(port=backend.port))
-        added = account(gate, "add", "scanner@example.com", "--password-stdin", typed="a long enough secret\n")
-        assert added.returncode == 0, added.stderr
+        for name in ("scanner@example.com", "erp@example.com"):
+            added = account(gate, "add", name, "--password-stdin", typed=f"{SECRET}\n")
+            assert added.returncode == 0, added.stderr
         made = account(gate, "device", "add", "scanner@example.com", "second floor", "--json")
         assert made.returncode == 0, made.stderr
         secret = re.search(r'"password": ?"([^"]+)"', made.stdout)
@@ -496,3 +503,14 @@ def test_auth_login_with_a_device_s_old_password(site):
         assert wire.say(f"AUTH LOGIN {encoded('scanner@example.com')}").startswith("334 ")
         assert wire.say(encoded("last year's")) == "535 5.7.8 Authentication credentials invalid"
         assert wire.rcpt(OUTSIDE, "scanner@example.com").startswith("550 5.7.1 ")
+
+
+@pytest.mark.parametrize(("name", "code"), [("erp@example.com", "250"), ("scanner@example.com", "550 5.6.0")])
+def test_a_device_that_logs_in_has_its_line_ends_from_its_account(site, name, code):
+    with Wire(site.gate.ports["login"], source=STRANGER) as wire:
+        wire.hello("erp")
+        assert wire.say(f"AUTH PLAIN {encoded(f'{chr(0)}{name}{chr(0)}{SECRET}')}").startswith("235 ")
+        assert wire.envelope(OUTSIDE, name).startswith("250")
+        assert wire.say("DATA").startswith("354")
+        wire.send(f"From: {name}\nSubject: by account\n\none\n\r\n.\r\n".encode())
+        assert wire.reply().startswith(code), wire.said

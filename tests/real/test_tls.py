@@ -95,6 +95,7 @@ CERTIFICATE = """
 certificate = "{fingerprint}"
 why = "the branch office"
 owner = "it@example.com"
+bare_newlines = "normalise"
 """
 
 
@@ -369,6 +370,20 @@ def test_a_known_certificate_may_send_anywhere(asking, version, listen):
     (recipient,) = line["transactions"][0]["recipients"]
     lines = asking.gate.config.read_text().splitlines()
     assert recipient["by"] == f"{asking.gate.config}:{len(lines) - lines[::-1].index('[[trust]]')}"
+
+
+@pytest.mark.parametrize("listen", ["mx", "smtps"])
+def test_what_is_granted_to_a_certificate_holds_for_line_ends(asking, listen):
+    for shown, code in ((asking.branch, "250"), (None, "550 5.6.0")):
+        with Wire(asking.gate.ports[listen], greeted=listen == "mx") as wire:
+            if listen == "mx":
+                wire.hello()
+                wire.start_tls(showing(shown))
+            else:
+                wire.secure(showing(shown))
+                assert wire.reply().startswith("220 ")
+            assert wire.rcpt(LOCAL).startswith("250")
+            assert wire.content(b"Subject: bare\n\nlines\r\n").startswith(code), wire.said
 
 
 def test_a_known_certificate_with_openssl(asking):

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from gatepost.gate.server import Listener, Server
     from gatepost.gate.sources import Watch
     from gatepost.gate.tls import Secured
+    from gatepost.smtp.content import ContentLimits
 
 OTHER = "other"
 TOKEN_S = 60  # a session's trace token tells the time to the minute
@@ -196,17 +197,25 @@ class Session:
         Args:
             tls: the client's first command will come over TLS.
         """
-        settings, now = self.listener.settings, time.time()  # noqa: TID251
-        grants = [entry for entry in self._granted() if not relay.expired(entry, now)]
-        normalise = "normalise" in {settings.bare_newlines, *(entry.bare_newlines for entry in grants)}
+        grants = self._in_force()
         # A device that somebody named here, or that stands inside, need not know its own name.
-        named = settings.role == "inside" or any(entry.network is not None or entry.host for entry in grants)
+        named = self.facts.role == "inside" or any(entry.network is not None or entry.host for entry in grants)
         self._lax = _NAMELESS if named else frozenset()
         # Before EHLO nothing is offered, but these verbs have a place in the dialogue, and are told so.
         early = {"AUTH"} if self.listener.takes_logins(tls=tls) else set()
         early |= {"XCLIENT"} if self._is_front else set()
-        self.connection.reader = engine = ServerEngine(self._lax.union(early), self.server.content_limits[normalise])
+        self.connection.reader = engine = ServerEngine(self._lax.union(early), self._content_limits(grants))
         return engine
+
+    def _content_limits(self, grants: list[TrustEntry]) -> ContentLimits:
+        """How this client may end its lines: as its listener says, or one of the grants that cover it."""
+        spellings = {self.listener.settings.bare_newlines, *(entry.bare_newlines for entry in grants)}
+        return self.server.content_limits["normalise" in spellings]
+
+    def _in_force(self) -> list[TrustEntry]:
+        """The grants that cover this client and have not expired."""
+        now = time.time()  # noqa: TID251
+        return [entry for entry in self._granted() if not relay.expired(entry, now)]
 
     def _granted(self) -> list[TrustEntry]:
         """The grants that cover this client; what it shows is watched where they trust its address or its listener."""
@@ -448,6 +457,8 @@ class Session:
             return
         self.facts = self.facts._replace(tls=secured.version, certificate=secured.certificate)
         self._secured = secured
+        if secured.certificate:  # it may be a grant's, and bring that grant's line ends
+            self.engine.limits = self._content_limits(self._in_force())
 
     async def auth(self, command: Auth) -> Reply:
         """AUTH: who is it?  RFC 4954 §4."""
@@ -497,6 +508,7 @@ class Session:
             if login.identity.device:
                 record["device"] = login.identity.device
             self.facts = self.facts._replace(identity=login.identity)
+            self.engine.limits = self._content_limits(self._in_force())
         self._logins = [*self._logins[1 - LOGINS_LOGGED :], record]
         self.server.metrics.reply("auth", login.reason)
         return login.reply
