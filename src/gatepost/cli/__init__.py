@@ -33,6 +33,7 @@ COMMANDS = (
     ("explain", "gatepost.cli.explain:explain"),
     ("probe", "gatepost.cli.probe:probe"),
     ("ban", "gatepost.cli.ban:ban"),
+    ("trust", "gatepost.cli.trust:trust"),
     ("account", "gatepost.cli.account:account"),
     ("status", "gatepost.cli.running:status"),
     ("reload", "gatepost.cli.running:reload"),
