@@ -5,6 +5,6 @@ Promise: what is here now is bounded and may be lost: the oldest goes when there
     does not take is dropped and counted.  It never delays a session and never fails one.
 """
 
-from gatepost.store.refusals import Refusal, Refusals, find, reference_of, refusals_directory
+from gatepost.store.refusals import Refusal, Refusals, find, kept_since, reference_of, refusals_directory
 
-__all__ = ["Refusal", "Refusals", "find", "reference_of", "refusals_directory"]
+__all__ = ["Refusal", "Refusals", "find", "kept_since", "reference_of", "refusals_directory"]

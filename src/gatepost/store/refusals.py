@@ -15,9 +15,10 @@ Sources: RFC 8259 (JSON), RFC 3339 (time).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -174,16 +175,36 @@ def find(directory: Path, reference: str) -> Refusal | None:
     Raises:
         StorageError: the files cannot be read, or a newer version wrote the line.
     """
-    try:
-        for line in _segments(directory).lines_with(f'"reference":"{reference}"'.encode()):
+    with _reading(directory) as segments:
+        for line in segments.lines_with(f'"reference":"{reference}"'.encode()):
             found = decode(line)
             if found is not None and found.reference == reference:
                 return found
+    return None
+
+
+def kept_since(directory: Path) -> float | None:
+    """When the oldest refusal that is kept was given, seconds since the epoch; None where nobody can tell.
+
+    Raises:
+        StorageError: the files cannot be read.
+    """
+    with _reading(directory) as segments:
+        line = segments.first_line()
+    try:
+        return _seconds(json.loads(line)["time"])
+    except _DAMAGED:
+        return None
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[Segments]:
+    try:
+        yield _segments(directory)
     except OSError as error:
         raise StorageError(
             f"cannot read the refusals in {directory}: {error.strerror}; they are for the gate's user and root"
         ) from error
-    return None
 
 
 def _segments(directory: Path) -> Segments:

@@ -99,6 +99,18 @@ class Segments:
                 end, behind = content.rfind(b"\n", 0, found) + 1, content.find(b"\n", found)
                 yield content[end : behind if behind >= 0 else None]
 
+    def first_line(self) -> bytes:
+        """The oldest line that is there, without its line end; empty where there is none.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        try:
+            numbers = self._numbers()
+        except FileNotFoundError:
+            return b""
+        return self._read(numbers[0]).partition(b"\n")[0] if numbers else b""
+
     def _read(self, number: int) -> bytes:
         """One file; nothing where it went in the meantime, or is none."""
         try:
