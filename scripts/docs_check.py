@@ -22,6 +22,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +174,8 @@ def wrong_commands(page: Document) -> Iterator[str]:
         command = words[0]
         if command in LAUNCHER_WORDS or not re.fullmatch(r"[a-z][a-z-]*", command):
             continue  # a placeholder such as COMMAND, or an option of the whole
-        help_text = usage(command)
+        # What stands before the options may name a command of the command, such as "account add".
+        help_text = usage(*takewhile(lambda word: not word.startswith("-"), words)) or usage(command)
         if help_text is None:
             yield f"{page}:{number}: no such command: gatepost {command}"
             continue
