@@ -719,8 +719,9 @@ def _judge_batch(batch: list[Play], target: Target, backend: LenientBackend, sin
     for play in batch:
         case = play.outcome.case
         arrived = by_address.get(case.address, [])
-        if case.client == "trusted":  # one address for all of these: told apart by the reverse-path
-            arrived = [t for t in arrived if len(batch) == 1 or case.id.encode() in t.reverse_path]
+        if case.client == "trusted" and sum(other.outcome.case.client == "trusted" for other in batch) > 1:
+            # one address for all of these: told apart by the reverse-path
+            arrived = [t for t in arrived if case.id.encode() in t.reverse_path]
         judge(play.outcome, play, arrived, target)
         if "command" in case.never:
             pattern = re.compile(play.fill(case.never["command"]))

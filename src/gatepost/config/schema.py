@@ -199,8 +199,8 @@ class Listen(Table):
     send_as: Literal["enforce", "log", "off"] | None = Field(
         None,
         description="What becomes of an account that sends as somebody else, in MAIL FROM or in the From field: "
-        "enforce refuses it, log lets it pass and says so in the log, off does not look. Default by role: mx and "
-        "submission enforce, inside off.",
+        "enforce refuses it, log lets it pass and says so in the log, off does not look. Default by role: "
+        "submission enforce, mx log, inside off.",
     )
     xclient_from: Annotated[list[Network], BeforeValidator(_several)] = Field(
         default_factory=list,

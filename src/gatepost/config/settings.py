@@ -36,21 +36,24 @@ from gatepost.gate.settings import (
     Timeouts,
     TlsSettings,
 )
+from gatepost.policy import prover
 from gatepost.policy.admission import SendAsEntry, SendAsRules
+from gatepost.policy.prover import Listener, Proof
 from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Route, TrustEntry
 from gatepost.smtp.path import Pattern
 
 _DEFAULT_AUTH = {"mx": "off", "submission": "required", "inside": "offered"}
-_DEFAULT_SEND_AS = {"mx": "enforce", "submission": "enforce", "inside": "off"}
+_DEFAULT_SEND_AS = {"mx": "log", "submission": "enforce", "inside": "off"}
 _BROKEN = ("1.0", "1.1")  # RFC 8996
 _PROXIES = ("pop3", "imap")  # roles of listeners in front of a mailbox server
 
 
-def build(document: Document, now: float) -> GateSettings:
+def build(document: Document, now: float, *, refuse_open: bool = True) -> GateSettings:
     """The gate's settings.  Problems and warnings go to the document; the value counts only if there are none.
 
     Args:
         now: seconds since the epoch, for entries that have expired.
+        refuse_open: an open relay is a problem; False tells what is wrong besides.
     """
     gate = cast("schema.Gate", document.tables["gate"])
     limits = cast("schema.Limit", document.tables["limits"])
@@ -64,7 +67,7 @@ def build(document: Document, now: float) -> GateSettings:
     _refuse_lost_references(document)
     _judge_logins(document, listens, rules)
     _warn_of_absent_parts(document)
-    _refuse_open_relay(document, listens, rules, name, now)
+    _refuse_open_relay(document, listens, rules, name, now, refuse=refuse_open)
     return GateSettings(
         name=name,
         data=data,
@@ -711,34 +714,67 @@ def _warn_of_absent_parts(document: Document) -> None:
         document.warning(("store", "url"), "this version keeps no records; the key has no effect")
 
 
+def smtp_listeners(listens: Iterable[ListenSettings]) -> tuple[Listener, ...]:
+    """The listeners by which mail comes in, as the prover sees them."""
+    return tuple(
+        Listener(
+            name=listen.name,
+            where=listen.where,
+            role=listen.role,
+            addresses=tuple(client_address(host) for host, _ in listen.addresses),
+            auth_required=listen.auth == "required",
+            proxied=bool(listen.proxy_from),
+            tls=listen.tls,
+        )
+        for listen in listens
+        if listen.role not in _PROXIES
+    )
+
+
+def prove(document: Document, gate: GateSettings, now: float) -> Proof:
+    """Who may send where, decided for everybody.
+
+    Args:
+        gate: what ``build`` made of the document.
+        now: seconds since the epoch; what has expired opens nothing.
+    """
+    public_trust = cast("schema.Gate", document.tables["gate"]).public_trust
+    return prover.prove(gate.rules, smtp_listeners(gate.listens), public_trust, now)
+
+
 def _refuse_open_relay(
-    document: Document, listens: tuple[ListenSettings, ...], rules: RelayRules, name: str, now: float
+    document: Document, listens: tuple[ListenSettings, ...], rules: RelayRules, name: str, now: float, *, refuse: bool
 ) -> None:
     """Refuse a file that lets strangers relay, unless it says in so many words that it means to."""
     gate = cast("schema.Gate", document.tables["gate"])
     meant = gate.open_relay == name
-    if gate.open_relay is not None and not meant:
+    if refuse and gate.open_relay is not None and not meant:
         document.problem(
             ("gate", "open_relay"),
             f'an open relay is confirmed with this gate\'s own name; write "{name}", or better remove the key',
             value=gate.open_relay,
         )
-    openings = exposure.openings(rules, listens, gate.public_trust, now)
-    for rule, index, sentence in openings:
-        path = _rule_path(document, rule, index)
+    listeners = smtp_listeners(listens)
+    openings = prover.openings(rules, listeners, gate.public_trust, now)
+    for opening in openings:
+        path = _rule_path(document, opening.rule, opening.number)
         if meant:
-            document.warning(path, f"OPEN RELAY, as [gate] open_relay wishes: {sentence}")
-        else:
-            document.problem(path, f"this would be an open relay: {sentence}")
-    for rule, index, sentence in exposure.doubts(rules, listens):
-        document.warning(_rule_path(document, rule, index), sentence)
+            document.warning(path, f"OPEN RELAY, as [gate] open_relay wishes: {opening.sentence}")
+        elif refuse:
+            document.problem(path, f"this would be an open relay: {opening.sentence}")
+    told = (opening.number for opening in openings if opening.rule != "local")
+    for rule, number, sentence in exposure.advice(rules, listeners, now, told):
+        document.warning(_rule_path(document, rule, number), sentence)
     if meant and not openings:
         document.warning(("gate", "open_relay"), "nothing here is an open relay; remove the key")
 
 
-def _rule_path(document: Document, rule: str, index: int) -> Place:
+def _rule_path(document: Document, rule: str, number: int) -> Place:
     """Where a rule stands in the file; entries that are not valid by themselves have made no rule."""
-    return ("domains", "local", index) if rule == "local" else ("trust", document.entries["trust"][index][0], rule)
+    if rule == "local":
+        return ("domains", "local", number)
+    entry: Place = ("trust", document.entries["trust"][number][0])
+    return (*entry, rule) if rule else entry
 
 
 def user(document: Document) -> str:
