@@ -7,7 +7,7 @@ Promise: of each kind at most ``MEMBERS_MAX`` words are kept, for ``EVIDENCE_S_M
     ago is forgotten.  A suspension holds until an operator ends it, over restarts; with the counters it may be lost,
     and then the evidence is gathered again.  What was known when an operator resumed the trust counts no more, for
     ``FORGIVEN_S_MAX``: it does not suspend again what the operator has looked at.
-    A session that shows nothing new costs one read of the store; one that does a write as well.
+    A session that shows what this process has noted lately costs no look at the store.
 Sources: none.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ MEMBERS_MAX = 10
 MEMBER_OCTETS_MAX = 48
 SENTENCES_OCTETS_MAX = 3072
 OPERATOR_OCTETS_MAX = 64
+NOTED_MAX = 4096
 REFRESH_S = 3600.0  # a word that is seen again is written again after so long
 _LISTENER_DIGEST_OCTETS = 16
 
@@ -55,6 +57,7 @@ class Sources:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._noted: dict[tuple[Source, Evidence], float] = {}
 
     def note(self, source: Source, seen: Evidence, now_s: float) -> Evidence | None:
         """Add what one session showed.
@@ -62,6 +65,12 @@ class Sources:
         Returns:
             All that counts of what is known now, or None where nothing in ``seen`` was new.
         """
+        noted_s = self._noted.get((source, seen))
+        if noted_s is not None and now_s - REFRESH_S < noted_s <= now_s:
+            return None
+        if len(self._noted) >= NOTED_MAX:
+            self._noted.clear()
+        self._noted[source, seen] = now_s
         key = _key(source)
         old, forgiven = self._store.read((EVIDENCE + key, RESUMED + key), now_s)
         known = _known(old, now_s, EVIDENCE_S_MAX)
@@ -130,6 +139,7 @@ class Sources:
         return sorted((_suspension(item.value) for item in items), key=lambda one: one.since_s)
 
 
+@lru_cache(maxsize=4096)  # the same come again and again
 def _key(source: Source) -> bytes:
     """Behind the kind: of addresses the version and the octets, of listeners a digest of the name."""
     if isinstance(source, str):

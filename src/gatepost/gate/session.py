@@ -727,8 +727,6 @@ class Session:
             self.facts = facts._replace(hosts=hosts, mailbox_login=login)
         if changed or self._rules is not self.server.settings.rules:
             self._granted()
-        elif self._watch is not None:
-            self.facts = self._watch.standing(self.facts)
 
     # ---- answers
 

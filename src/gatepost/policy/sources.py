@@ -18,11 +18,12 @@ is asked: where two organisations are taken for one, a stranger is seen a little
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import NamedTuple
 
 from gatepost.facts import Evidence, IPAddress, Session
-from gatepost.policy.relay import NetworkTable, RelayRules, grants, suspendable
+from gatepost.policy.relay import NetworkTable, RelayRules, grants, suspendable, withheld
 from gatepost.smtp.path import Mailbox, NullReversePath, ReversePath
 
 THRESHOLD = 100
@@ -103,8 +104,7 @@ class Watched(NamedTuple):
 
 def watched(rules: RelayRules, session: Session) -> Watched:
     """Whether some grant trusts the client's address or its listener, and may be suspended."""
-    unsuspended = session._replace(suspended=False, listen_suspended=False)
-    entries = [entry for entry in grants(rules, unsuspended) if suspendable(entry)]
+    entries = [entry for entry in (*grants(rules, session), *withheld(rules, session)) if suspendable(entry)]
     return Watched(bool(entries), any(entry.listen for entry in entries))
 
 
@@ -125,6 +125,7 @@ def our_organisations(rules: RelayRules, name: str) -> frozenset[str]:
     return frozenset(filter(None, map(organisation, domains)))
 
 
+@lru_cache(maxsize=4096)  # the same clients say the same again
 def organisation(name: str) -> str:
     """Whose name this is: "example.com" for mail.example.com; "" where it is not a public name."""
     name = name.lower().rstrip(".")
