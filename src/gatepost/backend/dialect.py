@@ -7,7 +7,7 @@ Trust: a backend is believed about itself; its octets are bounded by ``smtp.clie
 Promise: no message is ever sent but by ``end_of_data``, to the one address that it is given.  Every form gets an answer
     in bounded time; where there was none, UNKNOWN is the answer.
 Sources: RFC 5321 §3.3 (RCPT), §4.1.1.4 (the end of content), §4.5.1 (postmaster), appendix C (routes);
-    RFC 1123 §5.2.16 (percent); RFC 976 (bang); RFC 3463 (replies); Microsoft MS99-027 (encapsulated addresses).
+    RFC 1123 §5.2.16 (percent); RFC 976 (bang); the Sendmail of SunOS 4.1 (caret); Microsoft MS99-027 (encapsulated).
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ NOBODY = (
 POSTMASTER = Form("postmaster", "<postmaster@{ours}>")
 FOREIGN = Form("another domain", "<{user}@{elsewhere}>", lands_here=False)
 CONTROLS = (*NOBODY, POSTMASTER, FOREIGN)
-# What some servers read as user@elsewhere.  The last three are ordinary local-parts, which strangers may send.
+# What some servers read as user@elsewhere.  The last four are ordinary local-parts by RFC 5321; but the Sendmail of BSD
+# and SunOS makes a caret a bang ("convert ^ to !"), and what decodes VERP makes an at-sign of others.
 FORMS = (
     Form("percent", "<{user}%{elsewhere}@{ours}>"),
     Form("bang", "<{elsewhere}!{user}@{ours}>"),
@@ -94,6 +95,7 @@ FORMS = (
     Form("bang, no domain", "<{elsewhere}!{user}>", lands_here=False),
     Form("quoted at, no domain", '<"{user}@{elsewhere}">', lands_here=False),
     Form("encapsulated", "<IMCEASMTP-{user}+40{elsewhere}@{ours}>"),
+    Form("caret", "<{elsewhere}^{user}@{ours}>"),
     Form("equals", "<{user}={elsewhere}@{ours}>"),
     Form("plus", "<{user}+{elsewhere}@{ours}>"),
     Form("slash", "<{elsewhere}/{user}@{ours}>"),

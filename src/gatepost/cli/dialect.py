@@ -21,7 +21,8 @@ from gatepost.gate import privileges
 from gatepost.smtp.path import Mailbox, PathDefect, Shape, parse_forward_path
 
 INIT_ASK_S = 10.0  # somebody waits at the keyboard
-_NONCE_OCTETS = 8
+_NONCE_OCTETS = 4
+_TOLD_AT_EACH_CHECK = ("would-be-relayed", "cannot-be-told")  # and every warning
 
 
 def ask_backends(
@@ -70,18 +71,18 @@ def kept(loaded: Config) -> list[dict[str, Any]]:
         try:
             found = profile.recall(profile.path_of(loaded.data, settings.name))
         except StorageError as error:
-            out.append({"name": settings.name, "heading": f"backend {settings.name}", "warnings": [str(error)]})
+            out.append({"name": settings.name, "heading": settings.name, "sentences": [str(error)]})
             continue
         if found is not None:
             meant = dialects.findings(found, loaded.gate.rules, now)
-            told = [one.sentence for one in meant if one.warning or one.kind in ("would-be-relayed", "cannot-be-told")]
-            out.append({"name": settings.name, "heading": dialects.heading(found), "warnings": told})
+            told = [one.sentence for one in meant if one.warning or one.kind in _TOLD_AT_EACH_CHECK]
+            out.append({"name": settings.name, "heading": dialects.short_heading(found), "sentences": told})
     return out
 
 
 def kept_text(answers: Iterable[dict[str, Any]]) -> str:
     """The same for a person; "" where there is nothing to say."""
-    lines = [f"  {one['heading']}: {sentence}" for one in answers for sentence in one["warnings"]]
+    lines = [f"  {one['heading']}: {sentence}" for one in answers for sentence in one["sentences"]]
     return "\n".join(["", "", "What backends answered", *lines]) if lines else ""
 
 

@@ -71,6 +71,11 @@ def heading(dialect: Dialect) -> str:
     )
 
 
+def short_heading(dialect: Dialect) -> str:
+    """The same where many are told of."""
+    return f"{dialect.backend}, asked on {datetime.fromtimestamp(dialect.at, UTC):%Y-%m-%d}"
+
+
 def _holes(dialect: Dialect) -> Iterable[Finding]:
     if dialect.open_to_strangers:
         yield Finding(
@@ -166,15 +171,11 @@ def _sent(form: Form) -> bool:
 
 
 def _routing(kind: str, sentence: str, rules: RelayRules, now: float) -> Finding:
+    sentence += " The gate refuses it to strangers by construction"
     grants = passing(rules, now)
     if not grants:
-        return Finding(kind, f"{sentence} The gate refuses it to strangers by construction, and no grant lets it pass.")
-    return Finding(
-        kind,
-        f"{sentence} The gate refuses it to strangers by construction. These grants let it pass: {'; '.join(grants)}."
-        " forward_paths in a grant stops it.",
-        warning=True,
-    )
+        return Finding(kind, f"{sentence}, and no grant lets it pass.")
+    return Finding(kind, f"{sentence}. Who may send anywhere may send it, too: {'; '.join(grants)}.")
 
 
 def passing(rules: RelayRules, now: float) -> list[str]:
