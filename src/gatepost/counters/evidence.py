@@ -103,12 +103,13 @@ class Sources:
             Whether this is new: who suspends tells the operator.
         """
         new = False
+        sentences = cut("\n".join(why), SENTENCES_OCTETS_MAX)
 
         def change(old: bytes | None) -> tuple[bytes, float] | None:
             nonlocal new
             new = old is None
-            record = [isinstance(source, str), str(source), now_s, cut("\n".join(why), SENTENCES_OCTETS_MAX)]
-            return (json.dumps(record, ensure_ascii=False).encode(), math.inf) if new else None
+            head = json.dumps([isinstance(source, str), str(source), now_s])
+            return (f"{head}\n{sentences}".encode(), math.inf) if new else None
 
         self._store.update(SUSPENSION + _key(source), now_s, change)
         return new
@@ -174,5 +175,6 @@ def _known(octets: bytes | None, now_s: float, window_s: float) -> list[dict[str
 
 
 def _suspension(octets: bytes) -> Suspension:
-    is_listener, source, since_s, why = json.loads(octets)
-    return Suspension(source if is_listener else ip_address(source), since_s, tuple(why.split("\n")))
+    head, *why = octets.decode().split("\n")
+    is_listener, source, since_s = json.loads(head)
+    return Suspension(source if is_listener else ip_address(source), since_s, tuple(why))
