@@ -385,6 +385,16 @@ async def test_what_is_not_offered_has_no_exchange(accounts):
     assert asking(accounts).exchange("CRAM-MD5", {}) is None
 
 
+@pytest.mark.parametrize("bindings", [{}, {"tls-server-end-point": b"digest"}, BINDINGS])
+async def test_who_could_bind_and_was_not_offered_it_is_not_refused_for_that(accounts, bindings):
+    """RFC 5802 §6: "y" is a lie told to the client only where -PLUS was offered."""
+    one = asking(accounts)
+    exchange = one.exchange(SCRAM, bindings)
+    assert exchange is not None
+    answer = await exchange.step(b"y,,n=alice,r=abcdefgh")
+    assert isinstance(answer, Reply if SCRAM_PLUS in one.mechanisms(bindings) else Challenge)
+
+
 async def test_a_told_secret_is_handed_out_to_be_verified():
     one = asking(Server(), Server("oauth"))
     exchange = one.exchange("PLAIN", {})
