@@ -77,3 +77,12 @@ def test_a_refused_reload_is_told():
     assert ready
     assert body["warnings"] == ["the configuration on disk was refused, the one before it is in force", "g.toml:1: bad"]
     assert readiness(state(reload={"result": "ok", "problems": []}), {})[1]["warnings"] == []
+
+
+def test_suspended_trust_is_told():
+    ready, body = readiness(state(), {}, 1)
+    assert ready
+    assert body["warnings"] == [
+        "the trust in 1 address or listener is suspended: strangers were seen there; see gatepost trust list"
+    ]
+    assert "2 addresses or listeners" in readiness(state(), {}, 2)[1]["warnings"][0]

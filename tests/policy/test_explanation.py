@@ -13,7 +13,7 @@ from gatepost.policy.explanation import CHANGES_MAX, Change, explain, reply_text
 from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, TrustEntry, decide
 from gatepost.smtp.path import ForwardPath, PathDefect, Pattern, parse_forward_path, parse_reverse_path
 from gatepost.smtp.reply import Reply
-from gatepost.verdict import Admit
+from gatepost.verdict import Admit, Reason
 
 NOW = 1_800_000_000.0
 LOCAL = (LocalPattern("example.com", "f:1"), LocalPattern("*.example.com", "f:1"), LocalPattern("[192.0.2.1]", "f:2"))
@@ -32,6 +32,7 @@ def ask(
     reverse_path="a@stranger.example",
     tls="",
     account=None,
+    listen="mx",
     **session,
 ):
     reverse = parse_reverse_path(f"<{reverse_path}>".encode(), smtputf8=False)
@@ -39,7 +40,7 @@ def ask(
     assert not isinstance(reverse, PathDefect)
     assert isinstance(forward, ForwardPath)
     identity = None if account is None else Identity(account, "PLAIN")
-    facts = Session("", Client(ip_address(client), 0), "mx", "mx", tls=tls, identity=identity, **session)
+    facts = Session("", Client(ip_address(client), 0), listen, "mx", tls=tls, identity=identity, **session)
     return explain(of, Transaction(facts, reverse, 0, NOW), forward)
 
 
@@ -105,6 +106,31 @@ def test_a_narrowed_grant_tells_what_it_lacks(narrowing, said):
     entry = TrustEntry(where="f:10", network=ip_network("10.1.0.0/16"), **narrowing)
     assert changes(ask(rules(entry, local=()), client="10.1.2.3")) == [f"{said} (f:10)"]
     assert changes(ask(rules(entry, local=()))) == [f"the client were in 10.1.0.0/16 and {said} (f:10)"]
+
+
+def test_a_suspension_is_named_with_its_end():
+    suspended = {"client": "10.1.2.3", "suspended": True}
+    explanation = ask(rules(OFFICE), **suspended)
+    assert not isinstance(explanation.verdict, Admit)
+    assert explanation.verdict.reason is Reason.SUSPENDED
+    assert explanation.verdict.where == "f:10"
+    assert changes(explanation) == [
+        "the trust in 10.1.2.3 were not suspended (gatepost trust resume 10.1.2.3) (f:10)",
+        "the forward-path were at a local domain, such as example.com (f:1)",
+    ]
+    # Who logs in is known by more than an address; another client of another network is another client.
+    anybody, branch = (
+        TrustEntry(where="f:20", accounts=("*",)),
+        TrustEntry(where="f:21", network=ip_network("10.2.0.0/16")),
+    )
+    said = changes(ask(rules(OFFICE, anybody, branch), **suspended))
+    assert "the client had logged in (f:20)" in said
+    assert "the client were in 10.2.0.0/16 (f:21)" in said
+    narrowed = TrustEntry(where="f:10", listen="inside", reverse_paths=(Pattern.parse("*@example.com"),))
+    assert changes(ask(rules(narrowed), client="10.1.2.3", listen="inside", listen_suspended=True))[-1] == (
+        "the trust in inside were not suspended (gatepost trust resume inside) and the reverse-path were *@example.com"
+        " (f:10)"
+    )
 
 
 def test_what_a_grant_does_not_lack_is_not_asked_for():

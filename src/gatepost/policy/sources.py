@@ -63,13 +63,13 @@ _PLAIN = re.compile(r"[^!-~]")  # what a word of evidence must not hold
 _IPV4_POOL_BITS, _IPV6_POOL_BITS = 16, 32  # addresses of one provider's customers, which change daily
 
 _MEND = (
-    "most likely something on the way (a container's userland proxy, NAT, a load balancer) puts its own address in the "
+    "Most likely something on the way (a container's userland proxy, NAT, a load balancer) puts its own address in the "
     "place of each client's: let it say who comes (PROXY protocol, and its address in proxy_from of the listener), or "
     "run the gate on the host's network, or set externalTrafficPolicy: Local in Kubernetes, or turn the container "
     "engine's userland-proxy off; docs/howto/addresses.md tells how"
 )
 _MEND_LISTENER = (
-    "the listener can be reached from outside: give it an address that only the inside reaches, or trust networks in "
+    "The listener can be reached from outside: give it an address that only the inside reaches, or trust networks in "
     "the place of the listener; docs/howto/addresses.md tells how"
 )
 
