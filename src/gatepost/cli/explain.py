@@ -1,4 +1,4 @@
-"""``gatepost explain``: what would become of one message, by which rule, and what would have changed it."""
+"""``gatepost explain``: what would become of one message, or why one was refused, and what would have changed it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from cyclopts import Parameter
 
 from gatepost import config
 from gatepost.auth.accounts import account_name
-from gatepost.cli import BAD_NEWS, DONE
+from gatepost.cli import BAD_NEWS, DONE, decided
+from gatepost.cli.refused import explain_reference
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.config import values
 from gatepost.errors import GatepostError
 from gatepost.facts import Client, Identity, IPAddress, MailboxLogin, Session, Transaction, client_address
 from gatepost.gate.settings import GateSettings, ListenSettings
-from gatepost.policy import admission, explanation, relay
-from gatepost.policy.relay import RelayRules
-from gatepost.resolver import Certainty, Resolver
-from gatepost.smtp.path import ForwardPath, PathDefect, parse_forward_path, parse_reverse_path
+from gatepost.smtp.path import PathDefect, parse_forward_path, parse_reverse_path
 from gatepost.smtp.reply import Reply
-from gatepost.verdict import Admit, Defer, LocalDomain, Refuse, RelayVerdict
 
 T = TypeVar("T")
 
 
 def explain(
+    reference: Annotated[
+        str | None, Parameter(help="The reference in a reply, such as K7Q2M9XD-1; or the whole reply, in quotes.")
+    ] = None,
+    /,
     *,
-    client: Annotated[str, Parameter(help="The client's IP address.")],
+    client: Annotated[str | None, Parameter(help="The client's IP address.")] = None,
     reverse_path: Annotated[
-        str, Parameter(help='Who the mail claims to come from, as in MAIL FROM; "<>" for a bounce.')
-    ],
-    forward_path: Annotated[str, Parameter(help="Whom it is for, as in RCPT TO.")],
+        str | None, Parameter(help='Who the mail claims to come from, as in MAIL FROM; "<>" for a bounce.')
+    ] = None,
+    forward_path: Annotated[str | None, Parameter(help="Whom it is for, as in RCPT TO.")] = None,
     account: Annotated[str | None, Parameter(help="The account that the client logged in to.")] = None,
     certificate: Annotated[
         str | None, Parameter(help="SHA-256 of the certificate that the client showed, hexadecimal.")
@@ -51,12 +52,31 @@ def explain(
     config_path: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what would become of one message, by which rule, and what would have changed it.
+    """Say why a message was refused, or what would become of one; by which rule, and what would have changed it.
 
-    The answer is the relay policy's own: what the gate would do with this client and these paths at this moment. Host
-    names in the rules are looked up in DNS. Exit code: 0 admitted, 1 refused or deferred, 2 the question cannot be
-    asked.
+    With the reference in a reply: what was decided then, on what facts, and what the same facts would meet under the
+    configuration as it is now. With --client, --reverse-path and --forward-path: what the gate would do with them at
+    this moment. Host names in the rules are looked up in DNS. Exit code: 0 admitted, 1 refused, deferred or not found
+    (of a reference: now), 2 the question cannot be asked.
     """
+    needed = {"--client": client, "--reverse-path": reverse_path, "--forward-path": forward_path}
+    others = {
+        "--account": account, "--certificate": certificate, "--mailbox-login": mailbox_login, "--listen": listen,
+        "--helo": helo or None, "--tls": tls,
+    }  # fmt: skip
+    if reference is not None:
+        given = [option for option, value in (needed | others).items() if value is not None]
+        if given:
+            raise GatepostError(
+                f"a reference says it all: leave {_and(given)} out, or the reference, to ask about another message"
+            )
+        return explain_reference(reference, config_path, as_json=as_json)
+    if client is None or reverse_path is None or forward_path is None:
+        missing = [option for option, value in needed.items() if value is None]
+        raise GatepostError(
+            "say what to explain: the reference in a reply, such as K7Q2M9XD-1, or a message by --client, "
+            f"--reverse-path and --forward-path; {_and(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        )
     gate = config.load_file(config.find(config_path)).gate
     address = _address(client)
     listener = _listener(gate, listen)
@@ -73,7 +93,7 @@ def explain(
     elif isinstance(forward, PathDefect):
         answer |= _defect(forward.reply, "forward_path")
     else:
-        hosts, notes = asyncio.run(_hosts(gate.rules, address))
+        hosts, notes = asyncio.run(decided.hosts(gate.rules, address))
         now = datetime.now(UTC).timestamp()
         session = Session(
             reference="",
@@ -89,12 +109,17 @@ def explain(
             certificate=_value(values.fingerprint, "--certificate", certificate) or "",
             mailbox_login=_mailbox_login(mailbox_login, now),
         )
-        answer |= _decided(gate, listener, Transaction(session, reverse, 0, now), forward) | {"notes": notes}
+        answer |= decided.at_rcpt(gate, listener, Transaction(session, reverse, 0, now), forward) | {"notes": notes}
     if as_json:
         say_json(answer)
     else:
         _tell(answer)
     return DONE if answer["verdict"] == "admit" else BAD_NEWS
+
+
+def _and(options: list[str]) -> str:
+    """The options in a sentence: "--a, --b and --c"."""
+    return " and ".join(part for part in (", ".join(options[:-1]), options[-1]) if part)
 
 
 def _address(client: str) -> IPAddress:
@@ -147,73 +172,6 @@ def _defect(reply: Reply, which: str) -> dict[str, Any]:
     }
 
 
-async def _hosts(rules: RelayRules, address: IPAddress) -> tuple[tuple[str, ...], list[str]]:
-    """The names in the rules that this address has now, and what DNS did not tell."""
-    names = sorted(({entry.host for entry in rules.trust} | {entry.host for entry in rules.deny}) - {""})
-    if not names:
-        return (), []
-    resolver = Resolver()
-    try:
-        answers = await asyncio.gather(*map(resolver.addresses, names))
-    finally:
-        await resolver.close()
-    notes = [
-        f"DNS does not answer for {name} ({answer.why}); a gate that has run for a while may still know it"
-        for name, answer in zip(names, answers, strict=True)
-        if answer.certainty is Certainty.UNKNOWN
-    ]
-    return tuple(name for name, answer in zip(names, answers, strict=True) if address in answer.addresses), notes
-
-
-def _decided(
-    gate: GateSettings, listener: ListenSettings, transaction: Transaction, forward_path: ForwardPath
-) -> dict[str, Any]:
-    rules, identity = gate.rules, transaction.session.identity
-    if identity is not None and listener.send_as == "enforce":
-        refusal = admission.send_as(gate.send_as, identity, transaction.reverse_path, transaction.now)
-        if refusal is not None and relay.denied(rules, transaction) is None:
-            return _not_as_that(refusal)
-    verdict, changes = explanation.explain(rules, transaction, forward_path)
-    return {
-        "verdict": {Admit: "admit", Defer: "defer", Refuse: "refuse"}[type(verdict)],
-        "reason": "accepted" if isinstance(verdict, Admit) else verdict.reason.name.lower(),
-        "reply": explanation.reply_text(verdict) or None,
-        "rule": _rule(rules, verdict),
-        "detail": "" if isinstance(verdict, Admit) else verdict.detail,
-        "backend": verdict.recipient.backend if isinstance(verdict, Admit) else None,
-        "changes": [{"condition": change.condition, "where": change.where} for change in changes],
-    }
-
-
-def _not_as_that(refusal: Refuse) -> dict[str, Any]:
-    """Refused at MAIL FROM: the account sends as somebody else."""
-    return {
-        "verdict": "refuse",
-        "reason": refusal.reason.name.lower(),
-        "reply": refusal.reason.reply(hint=refusal.hint).octets().decode().rstrip(),
-        "rule": None,
-        "detail": f"{refusal.detail}; [[send_as]] grants other addresses",
-        "backend": None,
-        "changes": [{"condition": f"the reverse-path were the account's own ({refusal.hint})", "where": ""}],
-    }
-
-
-def _rule(rules: RelayRules, verdict: RelayVerdict) -> dict[str, str] | None:
-    """The rule behind the verdict, with its place and reason; None for the gate's own default."""
-    rule = explanation.rule_text(rules, verdict)
-    if not rule:
-        return None
-    if isinstance(verdict, Admit):
-        authority = verdict.recipient.authority
-        if isinstance(authority, LocalDomain):
-            return {"rule": rule, "where": authority.where, "why": "", "owner": ""}
-        return {"rule": rule, "where": authority.where, "why": authority.why, "owner": authority.owner}
-    for grant in rules.trust:
-        if grant.where == verdict.where:
-            return {"rule": rule, "where": grant.where, "why": grant.why, "owner": grant.owner}
-    return {"rule": rule, "where": verdict.where, "why": verdict.detail, "owner": ""}
-
-
 def _tell(answer: dict[str, Any]) -> None:
     admitted = answer["verdict"] == "admit"
     if admitted:
@@ -223,28 +181,8 @@ def _tell(answer: dict[str, Any]) -> None:
         say(f"{word} with {answer['reply']}", "bold red")
     say(f"client  {answer['client']} at listener {answer['listen']}")
     say(f"mail    from {answer['reverse_path']} to {answer['forward_path']}")
-    say(f"rule    {_rule_text(answer)}")
-    for number, change in enumerate(answer["changes"]):
-        label = ("refused if" if admitted else "admitted if") if number == 0 else ""
-        say(f"{label:<12}{_change_text(change)}")
+    say(f"rule    {decided.rule_text(answer)}")
+    for line in decided.change_lines(answer):
+        say(line)
     for note in answer["notes"]:
         say(f"note    {note}", "yellow")
-
-
-def _rule_text(answer: dict[str, Any]) -> str:
-    rule = answer["rule"]
-    if rule is None:
-        if answer["reason"] == "routing":
-            return f"a backend may read the local-part as another address ({answer['detail']}): never from strangers"
-        return answer["detail"] or "none lets it pass, and what no rule lets pass is refused"
-    reasons = ", ".join(part for part in (rule["why"], rule["owner"]) if part)
-    text = f"{rule['rule']} ({rule['where']})" + (f": {reasons}" if reasons else "")
-    if answer["reason"] == "narrowed":
-        text += f"; it is narrowed by {answer['detail']}"
-    elif answer["reason"] == "expired_trust":
-        text += "; it has expired"
-    return text
-
-
-def _change_text(change: dict[str, str]) -> str:
-    return f"{change['condition']} ({change['where']})" if change["where"] else change["condition"]
