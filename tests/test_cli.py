@@ -238,6 +238,9 @@ def test_check_says_in_words_what_the_configuration_allows(here):
         "\n"
         "Metrics and health\n"
         "  http://127.0.0.1:8025/\n"
+        "\n"
+        "PROVEN: nobody else may send elsewhere; 112 decisions on every kind of client (2), reverse-path (5) and "
+        "forward-path (22) that these rules can tell apart\n"
     ).replace("1 workers", "1 worker")
 
 
@@ -247,6 +250,87 @@ def test_check_in_json(here, capsys):
     assert code == 0
     assert (facts["valid"], facts["problems"], facts["warnings"]) == (True, [], [])
     assert facts["trust"][0]["where"] == "gatepost.toml:19"
+    proof = facts["proof"]
+    assert (proof["proven"], proof["openings"], proof["dialogue"]) == (True, [], None)
+    assert proof["decisions"] >= proof["forward_paths"] > proof["reverse_paths"] > proof["clients"] > 0
+
+
+HALVES = """
+[[trust]]
+network = "0.0.0.0/1"
+reverse_paths = ["*@example.com"]
+owner = "it@example.com"
+
+[[trust]]
+network = "128.0.0.0/1"
+owner = "it@example.com"
+"""
+
+
+def test_check_shows_how_a_stranger_relays_and_run_refuses_to(here, capsys):
+    Path("gatepost.toml").write_text(CONFIG.replace('"127.0.0.1:2525"', '"0.0.0.0:2525"\ntls = "starttls"') + HALVES)
+    code, out, err = typed(capsys, "check")
+    assert (code, err) == (1, "")
+    problems = [line for line in out.splitlines() if "this would be an open relay: " in line]
+    assert [problem.split(": ")[0] for problem in problems] == ["  gatepost.toml:32", "  gatepost.toml:37"]
+    assert out.startswith("gatepost.toml does not load\n\nProblems\n")
+    assert out.endswith(
+        "OPEN RELAY: a stranger at 128.0.0.1 sends anywhere through the listener mx (gatepost.toml:4):\n"
+        "\n"
+        "  C: EHLO stranger.invalid\n"
+        "  S: 250 Hello\n"
+        "  C: MAIL FROM:<>\n"
+        "  S: 250 2.1.0 Sender OK\n"
+        "  C: RCPT TO:<user@elsewhere.invalid>\n"
+        "  S: 250 2.1.5 Recipient OK\n"
+    )
+    code, out, err = typed(capsys, "check", "--json")
+    facts = json.loads(out)
+    assert (code, err, facts["valid"], len(facts["problems"])) == (1, "", False, 2)
+    assert [opening["where"] for opening in facts["proof"]["openings"]] == ["gatepost.toml:31", "gatepost.toml:36"]
+    assert facts["proof"]["dialogue"]["exchanges"][-1] == {
+        "command": "RCPT TO:<user@elsewhere.invalid>",
+        "reply": "250 2.1.5 Recipient OK",
+    }
+    refused = gatepost("run")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.count("this would be an open relay: ") == 2
+
+
+def test_check_of_an_open_relay_that_means_to_be_one(here, capsys):
+    text = CONFIG + HALVES
+    Path("gatepost.toml").write_text(text.replace("[gate]\n", '[gate]\nopen_relay = "mx.example.com"\n'))
+    code, out, err = typed(capsys, "check")
+    assert (code, err) == (0, "")
+    assert out.count("OPEN RELAY, as [gate] open_relay wishes: ") == 2
+    assert "PROVEN" not in out
+    assert out.endswith("  C: RCPT TO:<user@elsewhere.invalid>\n  S: 250 2.1.5 Recipient OK\n")
+    code, out, _ = typed(capsys, "check", "--json")
+    assert (code, json.loads(out)["valid"], json.loads(out)["proof"]["proven"]) == (0, True, False)
+    # Another name is no confirmation: it is open, and that comes first.
+    Path("gatepost.toml").write_text(text.replace("[gate]\n", '[gate]\nopen_relay = "mx.example.org"\n'))
+    code, out, _ = typed(capsys, "check")
+    assert code == 1
+    assert "gatepost.toml:2: [gate] open_relay" in out
+
+
+@pytest.mark.parametrize("broken", ["sesions = 5", 'open_relay = "mx.example.org"'])
+def test_check_of_what_does_not_load_for_other_reasons(here, capsys, broken):
+    text = CONFIG + HALVES if "sesions" in broken else CONFIG
+    Path("gatepost.toml").write_text(text.replace("[gate]\n", f"[gate]\n{broken}\n"))
+    code, out, err = typed(capsys, "check")
+    assert (code, out) == (2, "")
+    assert "gatepost.toml:2: [gate] " in err
+    assert err.count("this would be an open relay: ") == (2 if "sesions" in broken else 0), "all is told at once"
+
+
+def test_check_names_grants_without_owner_in_one_line(here, capsys):
+    Path("gatepost.toml").write_text(CONFIG.replace('owner = "it@example.com"\n', ""))
+    code, out, _ = typed(capsys, "check", "--json")
+    assert code == 0
+    (warning,) = json.loads(out)["warnings"]
+    asked = 'write owner = "it@example.com", so that somebody can be asked'
+    assert warning == f"gatepost.toml:19: [[trust]]: the entry names no owner; {asked}"
 
 
 def test_check_without_a_configuration_speaks_of_the_embedded_default(here, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import textwrap
 import tomllib
 from datetime import UTC, datetime
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from gatepost import config
 from gatepost.auth.settings import LoginServer
 from gatepost.backend.settings import EmbeddedMailboxes, LmtpSocket, SmtpAddress
-from gatepost.config import sentences, surroundings, values
+from gatepost.config import exposure, sentences, surroundings, values
 from gatepost.config.document import shown
 from gatepost.config.places import Places
 from gatepost.errors import ConfigError
@@ -727,6 +729,143 @@ def test_a_trusted_listener_on_every_interface_is_warned_of():
     )
 
 
+WIDE = "all of which may send; name those that are yours"
+BLOCK = "holds a whole block of private addresses, and VPNs, containers and NAT use such, too; name the networks that"
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("8.8.8.0/23", f"8.8.8.0/23 holds 512 public addresses, {WIDE}"),
+        ("8.8.8.0/24", ""),
+        ("8.8.8.8", ""),
+        ("10.0.0.0/8", f"10.0.0.0/8 {BLOCK}"),
+        ("172.16.0.0/12", f"172.16.0.0/12 {BLOCK}"),
+        ("192.168.0.0/16", ""),
+        ("10.0.0.0/9", ""),
+        ("127.0.0.0/8", ""),
+        ("2a00::/48", "2a00::/48 holds 65,536 networks of /64, all of which may send; name the /64 that is meant"),
+        ("2a00::/49", ""),
+        ("2a00::/64", ""),
+        ("fd00::/8", ""),
+    ],
+)
+def test_a_grant_that_is_wider_than_usual_is_warned_of(network, said):
+    warned = load(trusting(network)).warnings
+    assert len(warned) == bool(said)
+    assert all(warning.startswith(f"gatepost.toml:10: [[trust]] network: {said}") for warning in warned)
+    assert load(trusting(network) + 'forward_paths = "*@partner.test"\n').warnings == (), "it leads to one domain only"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "idle"),
+    [
+        ('network = "10.1.0.0/16"', 'network = "10.1.2.0/24"', 2),
+        ('network = "10.1.2.0/24"', 'network = "10.1.0.0/16"', 1),
+        ('network = "10.1.2.0/24"', 'network = "10.1.2.0/24"', 2),
+        ('network = "10.1.2.0/24"', 'network = "10.1.3.0/24"', 0),
+        ('network = "10.1.2.0/24"', 'network = "2001:db8::/64"', 0),
+        ('host = "a.test"', 'host = "a.test"', 2),
+        ('host = "a.test"', 'host = "b.test"', 0),
+        ('listen = "mx"', 'listen = "mx"', 2),
+        (f'certificate = "{"ab" * 32}"', f'certificate = "{"ab" * 32}"', 2),
+        ('accounts = "*"', 'accounts = "alice"', 2),
+        ('accounts = ["alice", "bob"]', 'accounts = "bob"', 2),
+        ('accounts = "bob"', 'accounts = ["alice", "bob"]', 1),
+        ('accounts = "bob"', 'accounts = "alice"', 0),
+        ('pop3 = "30m"', 'pop3 = "10m"', 2),
+        ('pop3 = "10m"', 'pop3 = "30m"', 1),
+        ('network = "10.1.0.0/16"\nmessages_per_hour = 5', 'network = "10.1.2.0/24"', 0),
+        ('network = "10.1.0.0/16"', 'network = "10.1.2.0/24"\nmessages_per_hour = 5', 2),
+        ('network = "10.1.0.0/16"\nexpires = 2027-01-01', 'network = "10.1.2.0/24"', 0),
+        ('network = "10.1.0.0/16"\nexpires = 2027-01-01', 'network = "10.1.2.0/24"\nexpires = 2027-01-01', 2),
+        ('network = "10.1.0.0/16"\ntls_minimum = "1.2"', 'network = "10.1.2.0/24"', 0),
+        ('network = "10.1.0.0/16"', 'network = "10.1.2.0/24"\ntls_minimum = "1.2"', 2),
+        ('network = "10.1.0.0/16"', 'network = "10.1.2.0/24"\ntls_minimum = "1.0"', 0),
+        ('network = "10.1.0.0/16"', 'network = "10.1.2.0/24"\nbare_newlines = "normalise"', 0),
+        ('network = "10.1.0.0/16"', 'network = "10.1.2.0/24"\nreverse_paths = "a@b.test"', 2),
+        ('network = "10.1.0.0/16"\nreverse_paths = "a@b.test"', 'network = "10.1.2.0/24"', 0),
+        ('network = "10.1.0.0/16"\nreverse_paths = "a@b.test"', 'network = "10.1.2.0/24"\nreverse_paths = "*"', 0),
+        (
+            'network = "10.1.0.0/16"\nreverse_paths = "*@b.test"',
+            'network = "10.1.2.0/24"\nreverse_paths = "a@b.test"',
+            2,
+        ),
+        ('network = "10.1.0.0/16"\nreverse_paths = "a@*"', 'network = "10.1.2.0/24"\nreverse_paths = "a@b.test"', 2),
+        ('network = "10.1.0.0/16"\nreverse_paths = "a@*"', 'network = "10.1.2.0/24"\nreverse_paths = "<>"', 0),
+        (
+            'network = "10.1.0.0/16"\nforward_paths = "*@*.b.test"',
+            'network = "10.1.2.0/24"\nforward_paths = ["*@c.b.test", "x@*.b.test", "y@*.d.b.test"]',
+            2,
+        ),
+        (
+            'network = "10.1.0.0/16"\nforward_paths = "*@*.b.test"',
+            'network = "10.1.2.0/24"\nforward_paths = "*@b.test"',
+            0,
+        ),
+        (
+            'network = "10.1.0.0/16"\nforward_paths = "*@b.test"',
+            'network = "10.1.2.0/24"\nforward_paths = "*@*.b.test"',
+            0,
+        ),
+        (
+            'network = "10.1.0.0/16"\nforward_paths = "*@[192.0.2.1]"',
+            'network = "10.1.2.0/24"\nforward_paths = "x@[192.0.2.1]"',
+            2,
+        ),
+    ],
+)
+def test_an_entry_that_another_one_makes_idle_is_warned_of(first, second, idle):
+    text = with_gate(f"[[trust]]\n{first}\n[[trust]]\n{second}\n")
+    warned = [warning for warning in load(text).warnings if "remove one of the two" in warning]
+    lines = {1: 9, 2: 10 + len(first.splitlines())}
+    if not idle:
+        assert warned == []
+        return
+    (warning,) = warned
+    other = f"the entry at gatepost.toml:{lines[3 - idle]} grants all of this already; remove one of the two"
+    assert warning == f"gatepost.toml:{lines[idle]}: [[trust]]: {other}"
+
+
+def test_a_grant_that_is_denied_as_a_whole_is_warned_of():
+    said = (
+        "gatepost.toml:9: [[trust]]: the [[deny]] entry at gatepost.toml:11 refuses all of its clients; remove one of"
+    )
+    denied = '[[deny]]\nnetwork = "10.1.0.0/16"\n'
+    (warning,) = load(trusting("10.1.2.0/24") + denied).warnings
+    assert warning.startswith(said)
+    assert load(trusting("10.0.0.0/15") + denied).warnings == ()
+    assert load(trusting("10.1.2.0/24") + denied + "expires = 2027-01-01\n").warnings == (), "it is used after that"
+
+
+def test_a_domain_that_another_one_takes_in_is_warned_of():
+    text = GATE.replace('"example.com"', '"example.com",\n"*.example.com",\n"mail.example.com",\n"*.lab.example.com"')
+    taken = '"*.example.com" at gatepost.toml:7 takes it in already; remove one of the two'
+    assert load(text).warnings == (
+        f"gatepost.toml:8: [domains] local: {taken}",
+        f"gatepost.toml:9: [domains] local: {taken}",
+    )
+    only = GATE.replace('"example.com"', '"*.example.com", "mail.example.com"')
+    assert load(only).warnings == (), "bare postmaster is that of the first domain without *"
+
+
+def test_grants_to_machines_that_nobody_answers_for_are_told_in_one_line():
+    def told(text):
+        return exposure.without_owner(load(text).gate.rules, NOW)
+
+    assert told(GATE) == []
+    assert told(trusting("10.1.0.0/16") + 'owner = "it@example.com"\n') == []
+    assert told(with_gate('[[trust]]\naccounts = "*"\n[[trust]]\npop3 = "30m"\n')) == [], "who logs in answers for it"
+    assert told(trusting("10.1.0.0/16") + "expires = 2026-01-01\n") == []
+    asked = 'no owner; write owner = "it@example.com", so that somebody can be asked'
+    assert told(trusting("10.1.0.0/16")) == [f"gatepost.toml:9: [[trust]]: the entry names {asked}"]
+    assert told(trusting("10.1.0.0/16", "10.2.0.0/16", "10.3.0.0/16")) == [
+        f"gatepost.toml:9: [[trust]]: 3 entries (lines 9, 11 and 13) name {asked}"
+    ]
+    (many,) = told(trusting(*(f"10.{n}.0.0/16" for n in range(20))))
+    assert "20 entries (lines 9, 11, 13, 15, 17, 19, 21, 23 and others) name" in many
+
+
 def test_an_opening_is_told_at_its_own_line_behind_entries_that_are_wrong():
     found = problems(with_gate('[[trust]]\nhost = "-"\n[[trust]]\nnetwork = "0.0.0.0/0"\n'))
     assert [problem.split(":")[1] for problem in found] == ["10", "12"]
@@ -1265,3 +1404,93 @@ def test_a_mailbox_directory_that_is_a_file_is_warned_of(tmp_path):
     assert surroundings.look(load(text)) == [
         f"gatepost.toml:8: [backend.mail] address: {tmp_path}/boxes is a file, no directory"
     ]
+
+
+# --- What stands around a host ----------------------------------------------------------------------------------------
+
+ROUTES = """\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+eth0\t{0}\t{10.1.0.1}\t0003\t0\t0\t0\t{0}\t0\t0\t0
+eth0\t{10.1.0.0}\t{0}\t0001\t0\t0\t0\t{255.255.0.0}\t0\t0\t0
+tun0\t{0}\t{0}\t0001\t0\t0\t0\t{0}\t0\t0\t0
+docker0\t{172.17.0.0}\t{0}\t0001\t0\t0\t0\t{255.255.0.0}\t0\t0\t0
+br-0123456789ab\t{172.18.0.0}\t{0}\t0001\t0\t0\t0\t{255.255.0.0}\t0\t0\t0
+br-lan\t{192.168.7.0}\t{0}\t0001\t0\t0\t0\t{255.255.255.0}\t0\t0\t0
+cni0\t{10.42.0.0}\t{0}\t0000\t0\t0\t0\t{255.255.255.0}\t0\t0\t0
+podman1\t{10.89.0.0}\t{10.88.0.1}\t0003\t0\t0\t0\t{255.255.255.0}\t0\t0\t0
+short
+eth0\tnonsense\t{0}\t0001\t0\t0\t0\t{0}\t0\t0\t0
+"""
+ROUTES6 = """\
+{::} 00 {::} 00 {fe80::1} 00000400 00000002 00000000 00000003 eth0
+{fd00:17::} 40 {::} 00 {::} 00000100 00000001 00000000 00000001 docker0
+{fe80::} 40 {::} 00 {::} 00000100 00000001 00000000 00000001 docker0
+{::1} 80 {::} 00 {::} 00000000 00000004 00000000 80200001 lo
+short
+"""
+NEIGHBOURHOOD = surroundings.Neighbourhood(
+    (ip_address("10.1.0.1"), ip_address("fe80::1")),
+    (
+        ("docker0", ip_network("172.17.0.0/16")),
+        ("br-0123456789ab", ip_network("172.18.0.0/16")),
+        ("docker0", ip_network("fd00:17::/64")),
+    ),
+)
+
+
+def as_the_kernel_writes(text):
+    def number(match):
+        address = ip_address("0.0.0.0" if match[1] == "0" else match[1])
+        order = sys.byteorder if address.version == 4 else "big"
+        return f"{int.from_bytes(address.packed, order):0{address.max_prefixlen // 4}X}"
+
+    return re.sub(r"\{([^}]*)\}", number, text)
+
+
+def test_the_kernels_routes_tell_gateways_and_container_bridges(tmp_path):
+    (tmp_path / "route").write_text(as_the_kernel_writes(ROUTES))
+    (tmp_path / "ipv6_route").write_text(as_the_kernel_writes(ROUTES6))
+    assert surroundings.neighbourhood(str(tmp_path)) == NEIGHBOURHOOD
+    (tmp_path / "ipv6_route").unlink()
+    assert surroundings.neighbourhood(str(tmp_path)).gateways == (ip_address("10.1.0.1"),)
+    assert surroundings.neighbourhood(str(tmp_path / "none")) == surroundings.Neighbourhood()
+    surroundings.neighbourhood()  # this host's own can be read
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("10.1.0.0/16", "10.1.0.0/16 holds 10.1.0.1, this host's default gateway. If it rewrites source addresses"),
+        ("10.1.0.1", "10.1.0.1/32 holds 10.1.0.1, this host's default gateway."),
+        ("10.1.0.2", ""),
+        (
+            "172.17.0.1",
+            "172.17.0.1/32 holds addresses of the container bridge docker0 (172.17.0.0/16). What a container",
+        ),
+        ("172.18.0.0/15", "172.18.0.0/15 holds addresses of the container bridge br-0123456789ab (172.18.0.0/16)."),
+        ("fd00:17::/64", "fd00:17::/64 holds addresses of the container bridge docker0 (fd00:17::/64)."),
+        ("192.168.7.0/24", ""),
+        ("fd00:18::/64", ""),
+    ],
+)
+def test_a_trusted_network_that_others_may_come_to_share_is_warned_of(network, said):
+    warned = surroundings.around(load(trusting(network)), NEIGHBOURHOOD, NOW)
+    assert len(warned) == bool(said)
+    assert all(warning.startswith(f"gatepost.toml:9: [[trust]] network: {said}") for warning in warned)
+    mends = ("host networking", "PROXY protocol", "externalTrafficPolicy")
+    assert all(any(mend in warning for mend in mends) for warning in warned)
+    assert surroundings.around(load(trusting(network) + "expires = 2026-01-01\n"), NEIGHBOURHOOD, NOW) == []
+    assert surroundings.around(load(trusting(network)), surroundings.Neighbourhood(), NOW) == []
+
+
+def test_a_listed_proxy_that_is_trusted_itself_is_warned_of():
+    listens = '[[listen]]\nname = "proxied"\naddress = "127.0.0.1:1"\nproxy_from = "10.9.0.5"\n'
+    text = trusting("10.9.0.0/24") + listens
+    (warning,) = surroundings.around(load(text), surroundings.Neighbourhood(), NOW)
+    assert warning == (
+        "gatepost.toml:9: [[trust]] network: 10.9.0.0/24 holds the proxy 10.9.0.5/32 of the listener proxied. What it "
+        "forwards to the listener mx passes as its own; name it in proxy_from there, too, or leave 10.9.0.5/32 out"
+    )
+    everywhere = text.replace('"127.0.0.1:2525"', '"127.0.0.1:2525"\nproxy_from = "10.9.0.5"')
+    assert surroundings.around(load(everywhere), surroundings.Neighbourhood(), NOW) == []
+    assert surroundings.around(load(trusting("10.8.0.0/24") + listens), surroundings.Neighbourhood(), NOW) == []

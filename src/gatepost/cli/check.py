@@ -1,17 +1,23 @@
-"""``gatepost check``: is the configuration right, and what does it allow?"""
+"""``gatepost check``: is the configuration right, what does it allow, and is that all?
+
+Why: the one moment when somebody asks.  What the gate would refuse to load because strangers relay is shown here with
+    the dialogue by which they do.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from gatepost import config
-from gatepost.cli import DONE, dialect, trust
+from gatepost.cli import BAD_NEWS, DONE, dialect, trust
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
-from gatepost.config import sentences, surroundings
-from gatepost.errors import GatepostError
+from gatepost.config import exposure, sentences, settings, surroundings
+from gatepost.config.document import Document
+from gatepost.errors import ConfigError, GatepostError
 
 Backend = Annotated[
     list[str] | None,
@@ -41,23 +47,59 @@ def check(
     config_path: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Check the configuration, and say in words what it allows.
+    """Check the configuration, say in words what it allows, and prove that it allows nothing else.
 
-    Every problem is told at once, with file, line and mend. With --backend it asks the mail servers behind the gate
-    instead, and keeps what they answer for later checks. Exit code: 0 it loads, and what a backend answers is well; 1 a
-    backend answers what calls for something to be done; 2 it does not load, or a backend cannot be asked.
+    Every problem is told at once, with file, line and mend; where strangers may relay, the shortest dialogue by which
+    they do. With --backend it asks the mail servers behind the gate instead, and keeps what they answer for later
+    checks. Exit code: 0 it loads, and what a backend answers is well; 1 it is an open relay and does not say that it
+    means to be one, or a backend answers what calls for something to be done; 2 it does not load for other reasons, or
+    a backend cannot be asked.
     """
     path = config.find(config_path)
-    loaded = config.load_file(path)
     if backend is not None:
+        loaded = config.load_file(path)
         return dialect.ask_backends(loaded, backend, elsewhere=elsewhere, end_of_data=end_of_data, as_json=as_json)
     if elsewhere or end_of_data:
         raise GatepostError("--elsewhere and --end-of-data go with --backend")
-    facts = sentences.summary(loaded, datetime.now(UTC).timestamp())
-    facts["warnings"] += surroundings.look(loaded) + trust.warnings(loaded)
+    now = datetime.now(UTC).timestamp()
+    octets = config.EMBEDDED_DEFAULT if path is None else config.read(path)
+    document = Document(octets, path or config.EMBEDDED_DEFAULT_NAME)
+    gate = settings.build(document, now, refuse_open=False)
+    settings.console_address(document)
+    proof = sentences.proof_facts(settings.prove(document, gate, now), gate.rules, now)
+    try:
+        loaded = config.load_file(path)
+    except ConfigError as error:
+        if document.problems or proof["proven"]:
+            raise
+        return _refused(document.path, error.problems, proof, as_json=as_json)
+    facts = sentences.summary(loaded, now)
+    facts["proof"] = proof
+    facts["warnings"] += [
+        *exposure.without_owner(gate.rules, now),
+        *surroundings.look(loaded),
+        *surroundings.around(loaded, surroundings.neighbourhood(), now),
+        *trust.warnings(loaded),
+    ]
     facts["dialects"] = dialect.kept(loaded)
     if as_json:
         say_json(facts)
     else:
         say(sentences.text(facts) + dialect.kept_text(facts["dialects"]))
+        _tell(proof)
     return DONE
+
+
+def _refused(path: str, problems: Sequence[str], proof: dict[str, Any], *, as_json: bool) -> int:
+    """Nothing is wrong but that strangers relay."""
+    if as_json:
+        say_json({"config": path, "valid": False, "problems": list(problems), "proof": proof})
+    else:
+        say("\n".join([f"{path} does not load", "", "Problems", *(f"  {problem}" for problem in problems)]))
+        _tell(proof)
+    return BAD_NEWS
+
+
+def _tell(proof: dict[str, Any]) -> None:
+    say("")
+    say(sentences.proof_text(proof), "bold green" if proof["proven"] else "bold red")

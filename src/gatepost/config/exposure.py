@@ -1,194 +1,227 @@
-"""Do these rules, taken together, let strangers relay?
+"""Grants that load, and are wider or do less than whoever wrote them thinks.
 
-Why: the commonest open relay is no bug but a grant that is wider than its author saw; so a file that grants to the
-    Internet does not load.
+Why: what is open is proven by ``policy.prover`` and does not load; but a grant to a whole /16 is no open relay and may
+    still be a slip, and an entry that another one makes idle protects nothing.
 Trust: rules from an administrator's file.
-Promise: pure.  An opening is a way in which a stranger without AUTH may send anywhere; a doubt is one that depends on
-    what stands around this host.
-Sources: RFC 6890 (special addresses), RFC 4291 §2.4, RFC 6177 (one site), RFC 6761 and RFC 8375 (inside names).
+Promise: pure.  A warning names the entry and the mend; a grant that fits its purpose gets none.
+Sources: RFC 1918 (private addresses), RFC 6177 (one site).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv4Network, IPv6Network
+from typing import NamedTuple
 
-from gatepost.facts import IPAddress, client_address
-from gatepost.gate.settings import ListenSettings
-from gatepost.policy.relay import IPNetwork, RelayRules, TrustEntry
+from gatepost.policy.extent import inside, public_extent
+from gatepost.policy.prover import Listener
+from gatepost.policy.relay import IPNetwork, RelayRules, TrustEntry, expired
 from gatepost.smtp.path import Pattern
 
-Opening = tuple[str, int, str]
-"""The rule ("local" or the who key of a grant), its index among the rules of its kind, and how it opens the gate."""
-
-# RFC 6890 and its registry: addresses that no stranger on the public Internet can have.
-_NOT_PUBLIC_IPV4 = [
-    IPv4Network("10.0.0.0/8"),
-    IPv4Network("100.64.0.0/10"),
-    IPv4Network("127.0.0.0/8"),
-    IPv4Network("169.254.0.0/16"),
-    IPv4Network("172.16.0.0/12"),
-    IPv4Network("192.0.2.0/24"),
-    IPv4Network("192.168.0.0/16"),
-    IPv4Network("198.18.0.0/15"),
-    IPv4Network("198.51.100.0/24"),
-    IPv4Network("203.0.113.0/24"),
-    IPv4Network("224.0.0.0/3"),
-]
-_PUBLIC_IPV6 = IPv6Network("2000::/3")  # RFC 4291 §2.4: all the unicast addresses that are given out
-_DOCUMENTATION_IPV6 = IPv6Network("2001:db8::/32")
-_SITE_BITS = 48  # RFC 6177: what one site gets
-
-# RFC 6761, RFC 8375 and names in use inside: "*.lan" takes in no stranger's domain.
-_INSIDE_TOP_LEVELS = frozenset({"example", "invalid", "localhost", "test"}) | frozenset(
-    {"corp", "home", "internal", "intranet", "lan", "local", "private"}
-)
+_COMPANY_BITS = 24  # a public IPv4 network shorter than this is rarely one company's
+_SITE_BITS = 48  # RFC 6177: a whole site, where one network of it is a /64
+_WHOLE_PRIVATE = (IPv4Network("10.0.0.0/8"), IPv4Network("172.16.0.0/12"))  # RFC 1918; 192.168.0.0/16 is one office
+_LISTED = 8  # lines named in one warning
+_BELOW_LISTENERS = ("1.0", "1.1")  # a tls_minimum that lowers the listener's for this client
 
 
-def openings(rules: RelayRules, listens: tuple[ListenSettings, ...], public_most: int, now: float) -> list[Opening]:
-    """Every way in which strangers may send anywhere.
+class Advice(NamedTuple):
+    """Something about one rule that its author should know.
+
+    Attributes:
+        rule: "local", or the key of a [[trust]] entry that is meant, "" for the entry as a whole.
+        number: of the rule among those of its kind.
+    """
+
+    rule: str
+    number: int
+    sentence: str
+
+
+def advice(rules: RelayRules, listeners: Iterable[Listener], now: float, told: Iterable[int] = ()) -> list[Advice]:
+    """What is too wide, idle, or safe behind a firewall only.
 
     Args:
-        public_most: how many public addresses may be trusted in all.
-        now: seconds since the epoch; what has expired opens nothing.
+        now: seconds since the epoch; what has expired is warned of elsewhere.
+        told: [[trust]] entries that are known to open the gate, which is worse.
     """
-    return [*_open_domains(rules), *_open_networks(rules, public_most, now), *_open_listeners(rules, listens)]
+    force = [(n, entry) for n, entry in enumerate(rules.trust) if not expired(entry, now)]
+    opening = set(told)
+    return [
+        *_everywhere(force, {listener.name: listener for listener in listeners}),
+        *_too_wide((n, entry) for n, entry in force if n not in opening),
+        *_idle(rules, force),
+        *_idle_domains(rules),
+    ]
 
 
-def doubts(rules: RelayRules, listens: tuple[ListenSettings, ...]) -> list[Opening]:
-    """Grants that are safe only behind a firewall."""
-    out: list[Opening] = []
-    for index, entry in enumerate(rules.trust):
-        listen = _listen(entry, listens)
-        if listen is not None and listen.role == "inside" and _any_address(listen):
-            out.append(
-                (
-                    "listen",
-                    index,
-                    (
-                        "all clients of this listener may send anywhere, and it listens on every interface here; "
-                        "give it an inside address, or let a firewall keep strangers out"
-                    ),
-                )
+def without_owner(rules: RelayRules, now: float) -> list[str]:
+    """One warning for all grants to machines that nobody answers for, none where there are none.
+
+    Whoever logs in answers for it; a network, a name, a listener or a certificate cannot be asked.
+    """
+    wheres = [
+        entry.where
+        for entry in rules.trust
+        if not (entry.owner or entry.accounts or entry.pop3_s or expired(entry, now))
+    ]
+    if not wheres:
+        return []
+    lines = [where.rpartition(":")[2] for where in wheres]
+    which = "the entry names" if len(wheres) == 1 else f"{len(wheres):,} entries (lines {_listed(lines)}) name"
+    return [f'{wheres[0]}: [[trust]]: {which} no owner; write owner = "it@example.com", so that somebody can be asked']
+
+
+def _listed(lines: list[str]) -> str:
+    if len(lines) > _LISTED:
+        return f"{', '.join(lines[:_LISTED])} and others"
+    return f"{', '.join(lines[:-1])} and {lines[-1]}"
+
+
+# --- Too wide ---------------------------------------------------------------------------------------------------------
+
+
+def _everywhere(force: list[tuple[int, TrustEntry]], listeners: dict[str, Listener]) -> Iterator[Advice]:
+    for n, entry in force:
+        listener = listeners.get(entry.listen)
+        if listener is not None and listener.role == "inside" and listener.everywhere:
+            yield Advice(
+                "listen",
+                n,
+                "all clients of this listener may send anywhere, and it listens on every interface here; "
+                "give it an inside address, or let a firewall keep strangers out",
             )
-    return out
 
 
-def _listen(entry: TrustEntry, listens: Iterable[ListenSettings]) -> ListenSettings | None:
-    return next((listen for listen in listens if listen.name == entry.listen), None)
-
-
-def _open_domains(rules: RelayRules) -> list[Opening]:
-    out: list[Opening] = []
-    for index, entry in enumerate(rules.local):
-        below = entry.pattern.removeprefix("*.")
-        if below != entry.pattern and "." not in below and below not in _INSIDE_TOP_LEVELS:
-            out.append(("local", index, f'"{entry.pattern}" is all of "{below}"; name your own domains'))
-    return out
-
-
-def _open_networks(rules: RelayRules, most: int, now: float) -> list[Opening]:
-    """The networks that may send anywhere hold more public addresses than anybody has clients."""
-    counted = [
-        (index, trust.network)
-        for index, trust in enumerate(rules.trust)
-        if trust.network is not None
-        and (trust.expires_at is None or trust.expires_at > now)
-        and not _names_domains(trust.forward_paths)
-    ]
-    alone = [
-        (index, network)
-        for index, network in counted
-        if network.num_addresses > most and _public_addresses([network]) > most
-    ]
-    out: list[Opening] = [
-        (
-            "network",
-            index,
-            (
-                f"{network} holds {_public_addresses([network]):,} public addresses, whose users may send anywhere; "
-                f"name your own networks ([gate] public_trust allows {most:,})"
-            ),
-        )
-        for index, network in alone
-    ]
-    if not alone:
-        total = _public_addresses([network for _, network in counted])
-        if total > most:
-            widest, _ = max(counted, key=lambda item: _public_addresses([item[1]]))
-            out.append(
-                (
-                    "network",
-                    widest,
-                    (
-                        f"the networks in [[trust]] hold {total:,} public addresses together; "
-                        f"name your own networks ([gate] public_trust allows {most:,})"
-                    ),
-                )
+def _too_wide(force: Iterable[tuple[int, TrustEntry]]) -> Iterator[Advice]:
+    """Grants to more machines than one usually has, unless they are narrowed to named forward-paths."""
+    for n, entry in force:
+        network = entry.network
+        if network is None or entry.forward_texts:
+            continue
+        public = public_extent(network)
+        private = any(inside(one, network) for one in _WHOLE_PRIVATE)
+        if isinstance(network, IPv4Network) and network.prefixlen < _COMPANY_BITS and public.addresses:
+            yield Advice("network", n, f"{network} holds {public}, all of which may send; name those that are yours")
+        elif private:
+            yield Advice(
+                "network",
+                n,
+                f"{network} holds a whole block of private addresses, and VPNs, containers and NAT use such, too; "
+                "name the networks that are yours",
             )
-    return out
+        elif isinstance(network, IPv6Network) and network.prefixlen <= _SITE_BITS and public.sites:
+            yield Advice(
+                "network",
+                n,
+                f"{network} holds {1 << (64 - network.prefixlen):,} networks of /64, all of which may send; "
+                "name the /64 that is meant",
+            )
 
 
-def _names_domains(forward_paths: tuple[Pattern, ...]) -> bool:
-    """Whether every pattern stays within a domain somebody owns: no "*", no top-level domain."""
-    return bool(forward_paths) and all(
-        "." in str(pattern).rpartition("@")[2].removeprefix("*.") or str(pattern) in ("<>", "postmaster")
-        for pattern in forward_paths
+# --- Idle -------------------------------------------------------------------------------------------------------------
+
+
+def _idle(rules: RelayRules, force: list[tuple[int, TrustEntry]]) -> Iterator[Advice]:
+    """Entries without which everything would be as it is."""
+    live = dict(force)
+    for n, entry in force:
+        denied = _denied_at(rules, entry.network, entry.expires_at)
+        if denied:
+            yield Advice("", n, f"the [[deny]] entry at {denied} refuses all of its clients; remove one of the two")
+            continue
+        for number in _at_least_as_wide(rules, entry):
+            other = live.get(number)
+            if number == n or other is None or not _covers(other, entry):
+                continue
+            twins = n in _at_least_as_wide(rules, other) and _covers(entry, other)
+            if number < n or not twins:  # of two alike the second is idle
+                yield Advice("", n, f"the entry at {other.where} grants all of this already; remove one of the two")
+                break
+
+
+def _denied_at(rules: RelayRules, network: IPNetwork | None, expires_at: float | None) -> str:
+    """Where all of a network is denied for as long as it is trusted, "" for nowhere."""
+    if network is None:
+        return ""
+    for number in rules.index.deny_networks.matching(network.network_address):
+        deny = rules.deny[number]
+        if deny.network is not None and inside(network, deny.network) and _lasts(deny.expires_at, expires_at):
+            return deny.where
+    return ""
+
+
+def _lasts(expires_at: float | None, as_long_as: float | None) -> bool:
+    return expires_at is None or (as_long_as is not None and expires_at >= as_long_as)
+
+
+def _at_least_as_wide(rules: RelayRules, entry: TrustEntry) -> list[int]:
+    """The entries that mean all the clients of this one, itself included."""
+    index = rules.index
+    if entry.network is not None:
+        found = index.trust_networks.matching(entry.network.network_address)
+        networks = ((n, rules.trust[n].network) for n in found)
+        return [n for n, network in networks if network is not None and inside(entry.network, network)]
+    if entry.host:
+        return index.trust_hosts[entry.host]
+    if entry.listen:
+        return index.trust_listens[entry.listen]
+    if entry.certificate:
+        return index.trust_certificates[entry.certificate]
+    if entry.pop3_s:
+        return [n for n in index.trust_mailbox_logins if rules.trust[n].pop3_s >= entry.pop3_s]
+    everybody = index.trust_accounts.get("*", [])
+    named = index.trust_accounts.get(entry.accounts[0], []) if entry.accounts else []
+    return [*everybody, *(n for n in named if set(entry.accounts) <= set(rules.trust[n].accounts))]
+
+
+def _covers(wide: TrustEntry, entry: TrustEntry) -> bool:
+    """Whether whatever the one lets its clients do, the other lets them, too.
+
+    An entry with rates of its own covers nothing: once they are used up, the next entry counts.
+    """
+    lowers = entry.tls_minimum in _BELOW_LISTENERS and entry.tls_minimum != wide.tls_minimum
+    normalises = entry.bare_newlines == "normalise" and wide.bare_newlines != "normalise"
+    return (
+        not (wide.messages_per_hour or wide.recipients_per_hour or lowers or normalises)
+        and _lasts(wide.expires_at, entry.expires_at)
+        and wide.tls_minimum <= entry.tls_minimum  # "" and "1.0" to "1.3" sort as they are meant
+        and _hold(wide.reverse_paths, entry.reverse_paths)
+        and _hold(wide.forward_paths, entry.forward_paths)
     )
 
 
-def _public_addresses(networks: list[IPNetwork]) -> int:
-    """How many public addresses these hold; an IPv6 /48 counts as one."""
-    total = 0
-    for four in collapse_addresses([network for network in networks if isinstance(network, IPv4Network)]):
-        total += four.num_addresses
-        for special in _NOT_PUBLIC_IPV4:
-            if special.subnet_of(four):
-                total -= special.num_addresses
-            elif four.subnet_of(special):
-                total -= four.num_addresses
-    for six in collapse_addresses([network for network in networks if isinstance(network, IPv6Network)]):
-        if six.subnet_of(_DOCUMENTATION_IPV6) or not six.overlaps(_PUBLIC_IPV6):
-            continue
-        bits = max(six.prefixlen, _PUBLIC_IPV6.prefixlen)
-        total += 1 << max(_SITE_BITS - bits, 0)
-    return total
+def _hold(wide: tuple[Pattern, ...], narrow: tuple[Pattern, ...]) -> bool:
+    """Whether whatever the ones match, one of the others matches; none at all means any."""
+    anything = not narrow or "*" in map(str, narrow)
+    if not wide or "*" in map(str, wide):
+        return True
+    return not anything and all(any(_within(one, other) for other in wide) for one in narrow)
 
 
-def _open_listeners(rules: RelayRules, listens: Iterable[ListenSettings]) -> list[Opening]:
-    """Listeners whose every client is trusted, though strangers come there."""
-    out: list[Opening] = []
-    for index, entry in enumerate(rules.trust):
-        listen = _listen(entry, listens)
-        if listen is None or listen.auth == "required" or _names_domains(entry.forward_paths):
-            continue
-        strangers = listen.role == "mx" and (listen.proxy_from or not _loopback(listen))
-        if strangers or any(_is_public(host) for host, _ in listen.addresses):
-            out.append(
-                (
-                    "listen",
-                    index,
-                    (
-                        f'strangers reach the listener "{entry.listen}" at {listen.where}; '
-                        'trust a listener of role "inside" at an inside address, or networks'
-                    ),
-                )
-            )
-    return out
+def _within(narrow: Pattern, wide: Pattern) -> bool:
+    if narrow == wide:
+        return True
+    if narrow.special is not None or wide.special is not None:
+        return False
+    if wide.local_part is not None and wide.local_part != narrow.local_part:
+        return False
+    if wide.domain is None:
+        return True
+    if not (isinstance(wide.domain, str) and isinstance(narrow.domain, str)):
+        return wide.domain == narrow.domain
+    if wide.below:
+        return narrow.domain.endswith(f".{wide.domain}") or (narrow.below and narrow.domain == wide.domain)
+    return not narrow.below and narrow.domain == wide.domain
 
 
-def _any_address(listen: ListenSettings) -> bool:
-    return any(ip_address(host).is_unspecified for host, _ in listen.addresses)
-
-
-def _loopback(listen: ListenSettings) -> bool:
-    return all(ip_address(host).is_loopback for host, _ in listen.addresses)
-
-
-def _is_public(host: str) -> bool:
-    address = client_address(host)
-    return not address.is_unspecified and _public_addresses([_host_network(address)]) > 0
-
-
-def _host_network(address: IPAddress) -> IPNetwork:
-    return IPv4Network(address) if address.version == 4 else IPv6Network(address)
+def _idle_domains(rules: RelayRules) -> Iterator[Advice]:
+    """Local domains below another one that has them all."""
+    below = {local.pattern[2:]: local.where for local in rules.local if local.pattern.startswith("*.")}
+    for n, local in enumerate(rules.local):
+        _, dot, parent = local.pattern.removeprefix("*.").partition(".")
+        while dot and not local.pattern.startswith("[") and local.pattern != rules.postmaster_domain:
+            if parent in below:
+                yield Advice("local", n, f'"*.{parent}" at {below[parent]} takes it in already; remove one of the two')
+                break
+            _, dot, parent = parent.partition(".")

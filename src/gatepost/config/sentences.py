@@ -16,9 +16,10 @@ from gatepost.config import Config
 from gatepost.config.settings import takes_logins
 from gatepost.config.values import address_text, backend_address_text, duration_text
 from gatepost.gate.settings import ListenSettings
-from gatepost.policy import relay
+from gatepost.policy import prover, relay
 from gatepost.policy.admission import SendAsEntry
-from gatepost.policy.relay import DenyEntry, IPNetwork, Route, TrustEntry
+from gatepost.policy.prover import Dialogue, Proof
+from gatepost.policy.relay import DenyEntry, IPNetwork, RelayRules, Route, TrustEntry
 
 SHOWN_MAX = 50  # entries of one kind in text; the structure has them all
 
@@ -119,6 +120,53 @@ def text(facts: dict[str, Any]) -> str:
         *_section("Metrics and health", [f"http://{facts['console']}/"]),
         *_section("Warnings", facts["warnings"]),
     ]
+    return "\n".join(lines)
+
+
+def proof_facts(proof: Proof, rules: RelayRules, now: float) -> dict[str, Any]:
+    """What was proven, or how strangers relay; the dialogue is the shortest, as the engine answers it."""
+    return {
+        "proven": proof.proven,
+        "decisions": proof.decisions,
+        "clients": proof.standings,
+        "reverse_paths": proof.reverse_paths,
+        "forward_paths": proof.forward_paths,
+        "openings": [
+            {
+                "rule": opening.rule,
+                "where": (rules.local if opening.rule == "local" else rules.trust)[opening.number].where,
+                "sentence": opening.sentence,
+            }
+            for opening in proof.openings
+        ],
+        "dialogue": None if proof.shortest is None else _dialogue_facts(proof.shortest, rules, now),
+    }
+
+
+def _dialogue_facts(dialogue: Dialogue, rules: RelayRules, now: float) -> dict[str, Any]:
+    return {
+        "client": str(dialogue.client),
+        "listen": dialogue.listener.name,
+        "where": dialogue.listener.where,
+        "tls": dialogue.tls,
+        "exchanges": [exchange._asdict() for exchange in prover.replay(rules, dialogue, now)],
+    }
+
+
+def proof_text(facts: dict[str, Any]) -> str:
+    """The proof for a person: one line, or the dialogue."""
+    kinds = (
+        f"{facts['decisions']:,} decisions on every kind of client ({facts['clients']:,}), reverse-path "
+        f"({facts['reverse_paths']:,}) and forward-path ({facts['forward_paths']:,}) that these rules can tell apart"
+    )
+    dialogue = facts["dialogue"]
+    if dialogue is None:
+        return f"PROVEN: nobody else may send elsewhere; {kinds}"
+    under = f", under {dialogue['tls']}" if dialogue["tls"] else ""
+    through = f"through the listener {dialogue['listen']} ({dialogue['where']}){under}"
+    lines = [f"OPEN RELAY: a stranger at {dialogue['client']} sends anywhere {through}:", ""]
+    for exchange in dialogue["exchanges"]:
+        lines += [f"  C: {exchange['command']}", f"  S: {exchange['reply']}"]
     return "\n".join(lines)
 
 

@@ -320,8 +320,12 @@ def _ldap(document: Document) -> LdapServer | None:
         return None
     implicit, host, port = table.address
     path: Place = ("auth", "ldap")
-    if bool(table.bind) == bool(table.search_filter):
+    if not table.bind and not table.search_filter:
         document.problem(path, "the user's entry is either named by bind or found by search_filter; write one of them")
+    if table.bind and table.search_filter and not table.addresses:
+        document.problem(
+            (*path, "search_filter"), "beside bind this finds the entry with the addresses; write addresses, or remove it"
+        )
     if table.search_filter and not table.search_base:
         document.problem((*path, "search_filter"), "search_base is missing: below which entry shall be searched?")
     for key in ("bind", "search_filter"):
