@@ -66,12 +66,12 @@ def typed(capsys, *arguments):
 @contextlib.contextmanager
 def scripted(rcpt):
     """A server in a thread of its own; ``rcpt`` answers RCPT, told its argument."""
-    started, ended = threading.Event(), None
+    started = threading.Event()
     ports = []
+    ends: list[asyncio.Event] = []
 
     async def serve():
-        nonlocal ended
-        ended = asyncio.Event()
+        ends.append(ended := asyncio.Event())
         async with Scripted() as server:
             server.on["RCPT"] = lambda _session, argument: rcpt(argument)
             ports.append(server.port)
@@ -85,7 +85,7 @@ def scripted(rcpt):
     try:
         yield ports[0]
     finally:
-        loop.call_soon_threadsafe(ended.set)
+        loop.call_soon_threadsafe(ends[0].set)
         thread.join()
         loop.close()
 

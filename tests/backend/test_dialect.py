@@ -207,6 +207,13 @@ async def test_greylisting_is_no_answer():
     }
 
 
+@pytest.mark.parametrize("reply", [b"454 4.7.1 Relay access denied", b"553 No", b"500"])
+async def test_what_will_not_change_is_a_refusal(reply):
+    async with Scripted() as server:
+        server.on["RCPT"] = lambda *_: reply
+        assert {heard.answer for heard in (await asked(server)).heard} == {Answer.REFUSED}
+
+
 async def test_a_server_that_hangs_up_on_some_forms_is_asked_the_others():
     async with Scripted() as server:
 
@@ -319,7 +326,7 @@ async def test_the_ends_that_a_server_takes_are_found(mode):
 
 
 async def test_each_end_is_tried_on_a_connection_of_its_own_and_told_before():
-    names = []
+    names: list[str] = []
     async with Scripted() as server:
         heard = await ended(server, names.append)
         assert len(server.sessions) == len(ENDS) + 1
@@ -375,7 +382,9 @@ async def test_a_server_that_goes_away_in_between_leaves_the_rest_unknown():
 
         def content(session, _octets):
             if len(server.sessions) == 3:
-                server._server.close()  # takes no more connections
+                listening, server._server = server._server, None
+                assert listening is not None
+                listening.close()  # no more connections
                 session.hang_up()
             return b"250 2.0.0 Queued"
 

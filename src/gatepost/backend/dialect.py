@@ -39,7 +39,7 @@ SAID_CHARACTERS_MAX = 200
 
 @unique
 class Answer(Enum):
-    """Of a backend to one form.  A 2yz is TAKEN, a 5yz REFUSED; 4yz, silence and hanging up are UNKNOWN."""
+    """Of a backend to one form.  2yz is TAKEN, 5yz and 454 REFUSED; other 4yz, silence and hanging up are UNKNOWN."""
 
     TAKEN = "taken"
     REFUSED = "refused"
@@ -466,7 +466,8 @@ def _content(recipient: Mailbox, hello: str, nonce: str, name: str, now: float) 
 def _answer(reply: Reply) -> Answer:
     if 200 <= reply.code < 300:
         return Answer.TAKEN
-    return Answer.REFUSED if reply.code >= 500 else Answer.UNKNOWN
+    # 454 to RCPT is how Postfix says "Relay access denied" (defer_unauth_destination, its default): it will not change.
+    return Answer.REFUSED if reply.code >= 500 or reply.code == 454 else Answer.UNKNOWN
 
 
 def _first_line(reply: Reply) -> str:
