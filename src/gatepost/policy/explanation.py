@@ -77,7 +77,11 @@ def explain(rules: RelayRules, transaction: Transaction, forward_path: ForwardPa
         if turning:
             found.append((len(turning), Change(" and ".join(mend.condition for mend in turning), where)))
     found.sort(key=lambda change: change[0])
-    return Explanation(verdict, tuple(change for _, change in found[:CHANGES_MAX]))
+    told: dict[str, Change] = {}
+    for _, change in found:
+        if not told.setdefault(change.condition, change).where:
+            told[change.condition] = change  # of two that say the same the one with a rule behind it
+    return Explanation(verdict, tuple(told.values())[:CHANGES_MAX])
 
 
 def _fewest(asked: _Question, mends: list[_Mend], *, admitted: bool) -> tuple[_Mend, ...]:
