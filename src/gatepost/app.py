@@ -130,8 +130,8 @@ def _worker_main(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
     log = SessionLog(1, _style(), lock=options.metrics, dropped=metrics.log_dropped)
-    # Where OpenSSL calls back into Python, exceptions (of a server name that is no ASCII) come out here.
-    sys.unraisablehook = lambda caught: log.event("fault", f"{caught.err_msg}: {caught.exc_value!r}", Level.WARNING)
+    # A server name that is no ASCII (SNI) raises inside the TLS library, where nobody can catch it: a client's fault.
+    sys.unraisablehook = lambda caught: log.event("tls", f"a handshake failed: {caught.exc_value!r}", Level.NOTE)
     # Garbage in cycles is rare here, and a pass over everything is a pause for every session.
     gc.set_threshold(50_000, 20, 50)
 
