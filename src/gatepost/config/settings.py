@@ -324,7 +324,8 @@ def _ldap(document: Document) -> LdapServer | None:
         document.problem(path, "the user's entry is either named by bind or found by search_filter; write one of them")
     if table.bind and table.search_filter and not table.addresses:
         document.problem(
-            (*path, "search_filter"), "beside bind this finds the entry with the addresses; write addresses, or remove it"
+            (*path, "search_filter"),
+            "beside bind this finds the entry with the addresses; write addresses, or remove it",
         )
     if table.search_filter and not table.search_base:
         document.problem((*path, "search_filter"), "search_base is missing: below which entry shall be searched?")
