@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import re
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -277,6 +280,59 @@ async def test_a_sender_whose_domain_is_unknown_cannot_relay_as_such():
     assert outcomes(report)["foreign-sender"] is Outcome.REFUSED
 
 
+async def test_what_a_server_has_against_a_sender_or_a_name_it_may_say_at_rcpt():
+    """Postfix does, unless smtpd_delay_reject is off: that the other forms are refused for relaying still counts."""
+    server = Scripted()
+
+    def delayed(argument: str) -> str:
+        mail = [line for line in server.heard if line.startswith("MAIL FROM:")][-1]
+        hello = [line for line in server.heard if line.startswith("EHLO")][-1]
+        if hello == "EHLO localhost":
+            return "504 5.5.2 <localhost>: Helo command rejected: need fully-qualified hostname"
+        if hello == "EHLO example.com":
+            return "450 4.7.1 <example.com>: Helo command rejected: Host not found"
+        if ".invalid" in mail:
+            return "450 4.1.8 <antispam@gatepost-probe.invalid>: Sender address rejected: Domain not found"
+        return closed(argument)
+
+    server.rcpt = delayed
+    async with server:
+        report = await ask(server)
+    assert report.verdict is Verdict.CLOSED, report.why
+
+
+async def test_the_local_sender_is_taken_where_no_other_is():
+    server = Scripted(mail=lambda argument: "250 Ok" if argument == "<postmaster@example.com>" else "550 5.7.1 No")
+    server.rcpt = lambda argument: "250 Ok" if "%" in argument else closed(argument)
+    async with server:
+        report = await ask(server)
+    assert "percent-ours" in accepted(report)
+    assert report.rounds[0].attempts[-1].reverse_path == "<postmaster@example.com>"
+
+
+@pytest.mark.parametrize("at_mail", [True, False])
+async def test_hanging_up_on_everything_is_no_refusal(at_mail):
+    server = Scripted(mail=lambda _: None) if at_mail else Scripted(rcpt=lambda _: None)
+    async with server:
+        report = await ask(server)
+    assert report.verdict is Verdict.UNKNOWN
+    assert set(outcomes(report).values()) <= {Outcome.UNCLEAR}
+
+
+async def test_nonsense_instead_of_a_reply_is_no_refusal():
+    async with Scripted(rcpt=lambda rcpt: "what?" if "%" in rcpt else closed(rcpt)) as server:
+        report = await ask(server)
+    assert report.verdict is Verdict.UNKNOWN
+    assert outcomes(report)["percent-ours"] is Outcome.UNCLEAR
+
+
+async def test_open_is_found_though_every_error_ends_the_session():
+    async with Scripted(rcpt=lambda rcpt: "250 Ok" if "%" in rcpt else closed(rcpt), errors=1) as server:
+        report = await ask(server)
+    assert report.verdict is Verdict.OPEN
+    assert "percent-ours" in accepted(report)
+
+
 async def test_who_puts_us_off_every_time_is_left_alone():
     async with Scripted(rcpt=lambda _: "450 4.2.0 Greylisted") as server:
         report = await ask(server)
@@ -312,6 +368,36 @@ async def test_a_server_that_ends_sessions_after_errors_is_asked_to_the_end(erro
         report = await ask(server)
     assert report.verdict is Verdict.CLOSED
     assert len(FORMS) // REFUSALS_MAX <= server.opened <= CONNECTIONS_MAX
+
+
+async def test_connections_are_counted():
+    """A server that ends every session after one error is not asked without end."""
+    async with Scripted(errors=1) as server:
+        report = await ask(server, local_domains=("example.com", "example.org", "example.net"))
+    assert report.rounds[0].planned > CONNECTIONS_MAX
+    assert server.opened == CONNECTIONS_MAX
+    assert report.verdict is Verdict.UNKNOWN
+    assert f"it ended {CONNECTIONS_MAX} connections" in report.why[-1]
+
+
+@pytest.mark.parametrize("flood", [b"220-and so on\r\n", b"x"])
+async def test_a_server_that_talks_without_end_is_left(flood):
+    sent = 0
+
+    async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        with suppress(ConnectionError):
+            while sent < 256 << 20:
+                writer.write(flood * 1_000)
+                sent += len(flood) * 1_000
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(pour, "127.0.0.1", 0) as server:
+        report = await probe(Target("127.0.0.1", server.sockets[0].getsockname()[1]), QUICK)
+    assert report.verdict is Verdict.UNKNOWN
+    assert "a reply of more than" in report.why[0]
+    assert sent < 32 << 20, "no more than what buffers hold"
 
 
 async def test_a_server_that_hangs_up_on_a_form_refuses_it():
@@ -551,7 +637,10 @@ async def test_a_server_that_decides_after_the_content_is_asked_so_by_every_form
     assert report.delivery is not None
     assert not report.delivery.taken
     left = {name for name, outcome in outcomes(report).items() if outcome is not Outcome.REFUSED}
-    assert left == {"look-alike", "address-v4", "address-v6", "address-decimal", "address-bare"}, "nobody's addresses"
+    assert left == {
+        *("look-alike", "address-v4", "address-v6", "address-decimal", "address-bare"),  # nobody's addresses
+        *("after-local", "pipelined"),  # would bother the postmaster
+    }
     assert report.verdict is Verdict.UNKNOWN
 
 
@@ -586,10 +675,58 @@ async def test_no_message_where_nothing_is_accepted_and_one_over_all_rounds(tls)
         assert len(server.messages) == 1
 
 
-async def test_a_deferral_after_the_content_says_nothing():
+@pytest.mark.parametrize("reply", ["451 4.3.0 Later", "550 5.7.1 Spam", "552 5.3.4 Too big", None])
+async def test_what_is_said_of_the_content_says_nothing_of_relaying(reply):
     def only_percent(argument: str) -> str:
         return "250 Ok" if argument == "<me%elsewhere.example@example.com>" else closed(argument)
 
-    async with Scripted(rcpt=only_percent, content=lambda _: "451 4.3.0 Later") as server:
+    async with Scripted(rcpt=only_percent, content=lambda _: reply) as server:
         report = await ask(server, deliver=MINE)
     assert report.verdict is Verdict.UNKNOWN
+
+
+async def test_a_message_never_goes_to_the_postmaster_as_well():
+    server = Scripted()
+
+    def after_local(argument: str) -> str:
+        cleared = "RCPT TO:<postmaster@example.com>" in server.heard[-2:]
+        return "250 Ok" if cleared and argument == f"<{MINE}>" else closed(argument)
+
+    server.rcpt = after_local
+    async with server:
+        report = await ask(server, deliver=MINE)
+    assert set(accepted(report)) == {"after-local", "pipelined"}
+    assert (report.verdict, report.delivery, server.messages) == (Verdict.OPEN, None, [])
+
+
+# ---- whatever it says
+
+REPLIES = (
+    "250 Ok", "250 Ok", DENIED, DENIED, "550 No", "450 Later", "421 Bye", "251 On", "354 Go ahead", "250-and", "25",
+    "999 ?", "\x00\x1b[2J", "501 5.1.3 Bad", "554 5.7.1 Client host blocked using x", None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_whatever_a_server_says_closed_means_that_it_took_nobody(seed):
+    chance = random.Random(seed)
+    likely = chance.choices(REPLIES, k=1 + seed % 3) + [DENIED] * 20
+    took: list[str] = []
+
+    def rcpt(argument: str) -> str | None:
+        reply = chance.choice(likely)
+        if reply in ("250 Ok", "251 On") and argument != "<postmaster@example.com>":
+            took.append(argument)
+        return reply
+
+    def mail(argument: str) -> str | None:
+        return chance.choice([*likely, *["250 Ok"] * 40])
+
+    async with Scripted(rcpt=rcpt, mail=mail) as server:
+        report = await ask(server, timeout_s=0.05, budget_s=20.0)
+    if report.verdict is Verdict.CLOSED:
+        assert not [argument for argument in took if "no-such-user" not in argument or "relay-test" in argument]
+        assert len(report.rounds[0].attempts) == report.rounds[0].planned
+    for attempt in report.rounds[0].attempts:
+        assert attempt.outcome is not Outcome.ACCEPTED or attempt.reply.startswith("25")
+        assert attempt.outcome is not Outcome.UNCLEAR or attempt.note

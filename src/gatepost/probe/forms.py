@@ -76,8 +76,8 @@ class Form:
 
     @property
     def to_the_victim(self) -> bool:
-        """Whether a message that relays in this way reaches the foreign address."""
-        return "{outside}" in self.rcpt or "{OUTSIDE}" in self.rcpt
+        """Whether a message that relays in this way reaches the foreign address, and nobody else."""
+        return not self.first and ("{outside}" in self.rcpt or "{OUTSIDE}" in self.rcpt)
 
 
 PLAIN = "<{user}@{outside}>"

@@ -127,7 +127,7 @@ def judge(heard: Heard) -> tuple[Outcome, str]:
         return Outcome.ACCEPTED, ""
     if heard.code < 400:
         return Outcome.UNCLEAR, f"no answer to the question: {heard.line}"
-    if _RELAYING.search(words):
+    if denies_relaying(heard):
         return Outcome.REFUSED, ""
     if _CLIENT.search(words):
         return Outcome.UNCLEAR, "it refuses us, not the address: it would refuse anything from here"
@@ -136,6 +136,11 @@ def judge(heard: Heard) -> tuple[Outcome, str]:
     if heard.code < 500:
         return Outcome.UNCLEAR, "it puts us off until later (greylisting, a limit, or a fault of its own)"
     return Outcome.REFUSED, ""
+
+
+def denies_relaying(heard: Heard) -> bool:
+    """Whether it refuses, now or for good, because it would have to relay."""
+    return heard.code >= 400 and _RELAYING.search(heard.text.lower()) is not None
 
 
 def unknown_domain(heard: Heard) -> bool:

@@ -22,7 +22,7 @@ from email.utils import formatdate
 from ipaddress import ip_address
 
 from gatepost.probe.forms import LANDINGS, Names, Question, domain_of, questions
-from gatepost.probe.reply import Heard, Outcome, bad_syntax, judge, unknown_domain
+from gatepost.probe.reply import Heard, Outcome, bad_syntax, denies_relaying, judge, unknown_domain
 from gatepost.probe.report import Address, Attempt, Delivery, ProbeSettings, Round, Target, Verdict
 from gatepost.probe.target import domain_name
 from gatepost.probe.wire import Deadline, Wire, dial
@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 CONNECTIONS_MAX = 100
 REFUSALS_MAX = 8  # on one connection; Postfix slows down after 10, the gate hangs up
 SILENCES_MAX = 3  # replies that did not come
-DEFERRALS_MAX = 6  # forms put off in a row
+DEFERRALS_MAX = 6  # forms put off or left without an answer in a row
 NAMED_MAX = 6  # forms that a sentence names
 SECOND_TRY_S = 2.0  # before a server that closed its door is asked once more
 
@@ -107,9 +107,10 @@ class RoundTest:
             if attempt is None:
                 break
             self._asked.append((question, attempt))
-            deferred = deferred + 1 if attempt.reply.startswith("4") and attempt.note else 0
+            put_off = attempt.outcome is Outcome.UNCLEAR and not attempt.reply.startswith(("2", "5"))
+            deferred = deferred + 1 if put_off else 0
             if deferred == DEFERRALS_MAX:
-                self._given_up = f"it put us off {deferred} times in a row"
+                self._given_up = f"it put us off, or gave no answer, {deferred} times in a row"
         if deliver and self._settings.deliver and not self._given_up:
             await self._deliver()
         if self._wire is not None:
@@ -201,27 +202,39 @@ class RoundTest:
 
     async def _ask_about_itself(self, names: Names, local: tuple[str, ...]) -> None:
         """Which reverse-path it takes, and what it says to made-up users."""
-        assert self._wire is not None
-        wire = self._wire
-        candidates = (self._sender,) if self._sender else ("<>", f"<{names.user}@{names.outside}>")
+        opening: list[str] = []
+        local_sender = f"<postmaster@{local[0]}>"
+        candidates = (self._sender,) if self._sender else ("<>", f"<{names.user}@{names.outside}>", local_sender)
         taken = False
         for candidate in candidates:
             self._sender = candidate
-            taken = (await wire.command(f"MAIL FROM:{candidate}")).positive
-            await self._reset()
+            taken = (await self._by_the_way(opening, f"MAIL FROM:{candidate}")).positive
             if taken:
                 break
-            self._refusals += 1
-        for domain in dict.fromkeys([*local, *(domain_of(landing, names) for landing in LANDINGS)]):
-            if not taken or wire.closed:
-                break
+        for domain in dict.fromkeys([*local, *(domain_of(landing, names) for landing in LANDINGS)]) if taken else ():
             # Each in a transaction of its own: to <> some servers allow no second recipient.
-            await wire.command(f"MAIL FROM:{self._sender}")
-            heard = await wire.command(f"RCPT TO:<{names.nobody}{domain and '@'}{domain}>")
-            self._controls[domain] = heard
-            self._refusals += not heard.positive
-            await self._reset()
-        self._opening = tuple(wire.transcript)
+            rcpt = f"RCPT TO:<{names.nobody}{domain and '@'}{domain}>"
+            self._controls[domain] = await self._by_the_way(opening, f"MAIL FROM:{self._sender}", rcpt)
+        self._sender = self._sender if taken else candidates[0]
+        self._opening = tuple(opening)
+
+    async def _by_the_way(self, opening: list[str], *commands: str) -> Heard:
+        """A transaction that is no form; returns the reply to its last command, and adds to the transcript."""
+        self._given_up = await self._ready()
+        if self._given_up:
+            return Heard(0, self._given_up)
+        assert self._wire is not None
+        wire = self._wire
+        begun = len(wire.transcript) if opening else 0
+        heard = Heard(0, "")
+        for command in commands:
+            heard = await wire.command(command)
+            if not heard.positive:
+                self._refusals += 1
+                break
+        await self._reset()
+        opening += wire.transcript[begun:]
+        return heard
 
     async def _ask(self, question: Question) -> Attempt | None:
         """One form; asked again on a new connection if the server ends the old one.  None: it could not be asked."""
@@ -241,16 +254,14 @@ class RoundTest:
                 return self._attempt(question, outcome, heard.line, note, transcript)
             if self._wire.silent:
                 break
-        if heard.code == 0 and not self._wire_was_silent and not await self._ready():
-            # It hung up twice on this, the second time as the first thing we said, and still talks to us.
+        # It hung up twice on this, the second time as the first thing we asked, where it answers to other forms; and it
+        # still talks to us.
+        answers = any(attempt.outcome is Outcome.REFUSED for _, attempt in self._asked)
+        if answers and self._wire is not None and self._wire.hung_up and not await self._ready():
             return self._attempt(question, Outcome.REFUSED, f"({heard.text})", "", transcript)
         return self._attempt(
             question, Outcome.UNCLEAR, heard.line, "it does not answer, or ends the session", transcript
         )
-
-    @property
-    def _wire_was_silent(self) -> bool:
-        return self._wire is not None and self._wire.silent
 
     async def _transaction(self, question: Question) -> tuple[bool, Heard]:
         """EHLO where it matters, MAIL and RCPT; returns whether MAIL was the last, and the reply that decides."""
@@ -294,10 +305,14 @@ class RoundTest:
 
     def _judged(self, question: Question, heard: Heard, *, at_mail: bool) -> tuple[Outcome, str]:
         outcome, note = judge(heard)
-        if outcome is Outcome.UNCLEAR:
-            about_sender = at_mail and (question.form.mail or question.hello)
-            if about_sender and (heard.code >= 500 or unknown_domain(heard)):
+        words = heard.text.lower()
+        if outcome is Outcome.UNCLEAR and heard.code:
+            # Servers that put everything off until RCPT say there what they have against the sender or the name.
+            sender = question.form.mail and (at_mail or "sender" in words)
+            if sender and (heard.code >= 500 or unknown_domain(heard)):
                 return Outcome.REFUSED, ""  # this sender is what the form is about
+            if question.hello and ((at_mail and heard.code >= 500) or re.search(r"\b(?:helo|ehlo)\b", words)):
+                return Outcome.REFUSED, ""  # and here this name
             control = self._controls.get(question.lands)
             if not question.outside and control is not None and heard.code >= 500 and _same(heard, control):
                 return Outcome.REFUSED, ""  # for it this is just one more user that it does not have
@@ -311,7 +326,9 @@ class RoundTest:
                 return Outcome.UNCLEAR, TAKES_ANYBODY
             return Outcome.ACCEPTED, ""
         control = self._controls.get(question.lands)
-        if control is not None and control.positive:
+        if control is None or not control.code:
+            return Outcome.UNCLEAR, "it could not be asked whether it takes made-up users there"
+        if control.positive:
             return Outcome.UNCLEAR, TAKES_ANY_LOCAL_PART
         return Outcome.ACCEPTED, ""
 
@@ -329,7 +346,7 @@ class RoundTest:
     # ---- the one message
 
     async def _deliver(self) -> None:
-        """Send the person's message by the first form by which it is taken; forms that a stranger could owe last."""
+        """Send the person's message by the first form by which it is taken; last by those that name a local domain."""
         token = secrets.token_hex(8)
         order = sorted(range(len(self._asked)), key=lambda number: not self._asked[number][0].outside)
         for number in order:
@@ -358,7 +375,8 @@ class RoundTest:
             return heard
         heard = await self._wire.command("DATA")
         if heard.code != 354:
-            return heard if not heard.positive else Heard(0, f"it answers DATA with {heard.line}")
+            self._wire.abort()  # who knows what it takes the next line for
+            return heard if heard.code >= 400 else Heard(0, f"it answers DATA with {heard.line}")
         return await self._wire.command(
             _content(self._settings.deliver, self._local_domains()[0], question.id, token),
             shown_as=f"(a message marked {token})",
@@ -366,15 +384,14 @@ class RoundTest:
 
     def _after_content(self, question: Question, attempt: Attempt, heard: Heard) -> Attempt:
         if heard.positive:
-            control = self._controls.get(question.lands)
-            if not question.outside and control is not None and control.positive:
-                return replace(
-                    attempt, note=f"{attempt.note}; the message was taken: your mailbox tells whether it leaves"
-                )
-            return replace(attempt, outcome=Outcome.ACCEPTED, reply=heard.line, note="")
-        if heard.code >= 500:
+            if self._accepted(question) == (Outcome.ACCEPTED, "") or question.outside:
+                return replace(attempt, outcome=Outcome.ACCEPTED, reply=heard.line, note="")
+            note = f"{attempt.note}; the message was taken, and your mailbox tells whether it left"
+            return replace(attempt, reply=heard.line, note=note)
+        if denies_relaying(heard):
             return replace(attempt, outcome=Outcome.REFUSED, reply=heard.line, note="")
-        return replace(attempt, outcome=Outcome.UNCLEAR, reply=heard.line, note="it did not decide after the content")
+        note = "it refused the message, and does not say that it would not relay another"
+        return replace(attempt, outcome=Outcome.UNCLEAR, reply=heard.line, note=note)
 
     # ---- names
 

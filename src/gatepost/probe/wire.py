@@ -46,7 +46,7 @@ class Wire(asyncio.Protocol):
     Attributes:
         transcript: what was said, a line each.
         closed: the connection is of no more use.
-        silent: because a reply did not come in time.
+        silent: because a reply did not come in time; hung_up: because the server ended it instead of a reply.
     """
 
     def __init__(self, timeout_s: float, deadline: Deadline) -> None:
@@ -60,6 +60,7 @@ class Wire(asyncio.Protocol):
         self.transcript: list[str] = []
         self.closed = False
         self.silent = False
+        self.hung_up = False
 
     # ---- from the transport
 
@@ -180,6 +181,7 @@ class Wire(asyncio.Protocol):
                     self._transport.resume_reading()
                 continue
             if self._lost:
+                self.hung_up = True
                 return Heard(0, self._lost)
             self._arrived.clear()
             await self._arrived.wait()
