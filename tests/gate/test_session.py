@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from ipaddress import ip_address, ip_network
 
 import pytest
-from tests.gate.scripted_gate import HOUR_S, TRUSTED, Peer, unlimited
+from tests.gate.scripted_gate import HOUR_S, PATIENCE_S, TRUSTED, Peer, Trial, unlimited
 
 from gatepost.backend.settings import BackendSettings, SmtpAddress
-from gatepost.facts import IPAddress
+from gatepost.facts import IPAddress, Transaction
 from gatepost.gate import server as server_module
 from gatepost.gate.session import REPLIES_UNSENT, TRANSACTIONS_LOGGED
 from gatepost.policy import relay
 from gatepost.policy.relay import DenyEntry, LocalPattern, Route, TrustEntry
-from gatepost.smtp.path import Pattern
+from gatepost.smtp.path import ForwardPath, Mailbox, Pattern, Shape
 from gatepost.smtp.reply import Reply
-from gatepost.telemetry import MESSAGES, REPLIES
+from gatepost.store import Refusal, find, reference_of, refusals_directory
+from gatepost.telemetry import MESSAGES, REFUSALS_DROPPED, REPLIES
+from gatepost.verdict import Reason, Refuse
 
 ENTRY = TrustEntry("g.toml:7", why="the printer", network=ip_network(f"{TRUSTED}/32"))
 BODY = b"Subject: x\r\n\r\nHello\r\n"
@@ -328,6 +331,90 @@ async def test_the_reference_in_a_refusal_leads_to_its_evidence(trial):
     assert (denied["reply"], relaying["reply"], routing["reply"]) == (replies[0], replies[2], replies[3])
     assert line["errors"] == 3
     assert not trial.backend().deliveries
+
+
+def kept(trial: Trial, reply: str) -> Refusal | None:
+    """What was kept of the refusal whose reference is in this reply."""
+    reference = reference_of(reply)
+    assert reference is not None, reply
+    return find(refusals_directory(str(trial.data)), reference)
+
+
+async def test_a_refusal_is_kept_with_all_that_it_was_decided_on(trial):
+    await trial.apply(trust=(limited(messages_per_hour=1),), rules={"recipients_max": 2})
+    peer = await trial.greeted(TRUSTED)
+    await relay_attempt(peer, "one@far.example")
+    facts = trial.session(peer).facts
+    local, rate, routing = await relay_attempt(peer, "bob@example.com", "two@far.example", "a%b.example@example.com")
+    assert local.startswith("250 ")
+    await trial.until(lambda: kept(trial, routing))
+    for reply, reason, path, findings in (
+        (rate, Reason.RATE, ForwardPath(Mailbox("two", "far.example"), Shape.PLAIN), 1),
+        (routing, Reason.RATE, ForwardPath(Mailbox("a%b.example", "example.com"), Shape.PERCENT), 1),
+    ):
+        refusal = kept(trial, reply)
+        assert refusal is not None
+        assert (refusal.stage, refusal.verdict.reason, refusal.reply) == ("rcpt", reason, reply)
+        assert refusal.verdict.where == "g.toml:7"
+        assert refusal.transaction == Transaction(facts, Mailbox("a", "client.test"), 1, trial.now_s)
+        assert (refusal.forward_path, refusal.backend, len(refusal.findings)) == (path, "b", findings)
+        assert refusal.findings[0].check == "rate g.toml:7"
+
+
+async def test_a_refusal_of_the_whole_transaction_is_kept(trial):
+    await trial.apply(
+        rules={"deny": (DenyEntry("g.toml:9", why="spam", reverse_path=Pattern.parse("*@spam.example")),)}
+    )
+    peer = await trial.greeted()
+    reply = await peer.ask("MAIL FROM:<x@spam.example>")
+    await trial.until(lambda: kept(trial, reply))
+    refusal = kept(trial, reply)
+    assert refusal is not None
+    assert (refusal.stage, refusal.forward_path, refusal.backend) == ("mail", None, "")
+    assert refusal.verdict == Refuse(Reason.DENIED, "g.toml:9", "spam")
+    assert refusal.transaction.reverse_path == Mailbox("x", "spam.example")
+
+
+async def test_a_refusal_in_the_administrators_words_is_kept_under_the_reference_in_the_log(trial):
+    own = Reply(550, "Not from there", "5.7.1")
+    deny = DenyEntry("g.toml:9", reverse_path=Pattern.parse("*@spam.example"), reply=own)
+    await trial.apply(rules={"deny": (deny,)})
+    peer = await trial.greeted()
+    assert await peer.asked("MAIL FROM:<x@spam.example>", "QUIT")
+    (line,) = await trial.logged()
+    reference = line["transactions"][0]["reference"]
+    await trial.until(lambda: kept(trial, reference))
+    refusal = kept(trial, reference)
+    assert refusal is not None
+    assert refusal.reply == "550 5.7.1 Not from there"
+
+
+async def test_where_refusals_cannot_be_kept_the_session_goes_on_and_the_operator_is_told(trial):
+    refusals_directory(str(trial.data)).write_bytes(b"")  # no directory can be made there
+    await trial.apply()
+    peer = await trial.greeted()
+
+    async def refused() -> bool:
+        (reply,) = await relay_attempt(peer, "one@far.example")
+        assert reply.startswith("550 5.7.1 Relaying is prohibited [")
+        return bool(trial.lines("refusals"))
+
+    async with asyncio.timeout(PATIENCE_S):
+        while not await refused():  # noqa: ASYNC110 - whoever is refused next tells of the one that was lost
+            await asyncio.sleep(0.001)
+    (event,) = await trial.logged("refusals")
+    assert event["level"] == "warning"
+    assert "cannot be kept" in event["text"]
+    assert trial.counted(REFUSALS_DROPPED) >= 1
+
+
+async def test_what_was_refused_before_a_drain_is_kept(trial):
+    await trial.apply()
+    peer = await trial.greeted()
+    replies = [(await relay_attempt(peer, "one@far.example"))[0] for _ in range(20)]
+    peer.hang_up()
+    await trial.server.drain()
+    assert all(kept(trial, reply) for reply in replies)
 
 
 async def test_who_is_trusted_is_named_in_the_line(trial):

@@ -217,24 +217,22 @@ def test_a_disk_that_takes_nothing_is_counted_and_said_and_not_more_often_than_t
     dropped: list[int] = []
     said: list[str] = []
     kept = Refusals(in_the_way(tmp_path / "file"), dropped=dropped.append, said=said.append)
-    kept.keep(refusal(1))
-    kept.close()
-    for after_s in (0, 1, TROUBLE_SAID_S - 1, TROUBLE_SAID_S, TROUBLE_SAID_S + 1):
-        kept.keep(refusal(transaction=refusal().transaction._replace(now=NOON_S + after_s)))
-    assert dropped == [1]
+    assert kept._write([refusal(1)]) == 1
+    for after_s in (0.0, 1.0, TROUBLE_SAID_S - 1, TROUBLE_SAID_S, TROUBLE_SAID_S + 1):
+        kept._now_s = NOON_S + after_s
+        kept._dropped(2)
+    assert dropped == [2] * 5
     assert len(said) == 2
     assert said[0] == f"refusals cannot be kept in {tmp_path}/file (File exists): `gatepost explain` will not find them"
 
 
 def test_after_the_disk_has_room_again_refusals_are_kept(tmp_path):
-    said: list[str] = []
-    kept = Refusals(in_the_way(tmp_path / "file"), said=said.append)
+    kept = Refusals(in_the_way(tmp_path / "file"))
     assert kept._write([refusal(1)]) == 1
     (tmp_path / "file").unlink()
     assert kept._write([refusal(2)]) == 0
     kept.keep(refusal(3))
     kept.close()
-    assert said == []
     assert [find(tmp_path / "file", f"K7Q2M9XD-{number}") for number in (1, 2, 3)] == [None, refusal(2), refusal(3)]
 
 

@@ -109,27 +109,33 @@ class Refusals:
         self,
         directory: Path,
         *,
-        dropped: Callable[[int], None] | None = None,
+        dropped: Callable[[int], None] = lambda _: None,
         said: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._directory = directory
         self._segments = _segments(directory)
+        self._count_dropped = dropped
         self._said = said
         self._said_at_s = float("-inf")
-        self._trouble = ""  # written by the writing thread alone
+        self._now_s = 0.0
+        self._trouble = "the disk is too slow"  # the last; written by the writing thread alone
         self._batches = Batches(
             self._write,
             size_max=QUEUE_REFUSALS_MAX,
             batch_size=_BATCH_REFUSALS,
             name="refusals",
-            dropped=dropped,
+            dropped=self._dropped,
         )
 
     def keep(self, refusal: Refusal) -> None:
         """Hand over a refusal; it is made into a line where no session waits for it."""
+        self._now_s = refusal.transaction.now
         self._batches.append(refusal, 1)
-        if self._trouble and abs(refusal.transaction.now - self._said_at_s) >= TROUBLE_SAID_S:
-            self._said_at_s = refusal.transaction.now
+
+    def _dropped(self, refusals: int) -> None:
+        self._count_dropped(refusals)
+        if abs(self._now_s - self._said_at_s) >= TROUBLE_SAID_S:
+            self._said_at_s = self._now_s
             self._said(
                 f"refusals cannot be kept in {self._directory} ({self._trouble}): `gatepost explain` will not find them"
             )
@@ -147,6 +153,7 @@ class Refusals:
         for refusal in batch:
             line = encode(refusal) + b"\n"
             if len(line) > LINE_OCTETS_MAX:
+                self._trouble = "one is too long"
                 lost += 1
                 continue
             lines.append(line)
@@ -165,7 +172,6 @@ class Refusals:
         except OSError as error:
             self._trouble = error.strerror or str(error)
             return len(lines)
-        self._trouble = ""
         return 0
 
 
