@@ -7,6 +7,8 @@ from ipaddress import ip_address, ip_network
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.policy import lan
 
 from gatepost.counters import MemoryStore
@@ -202,6 +204,18 @@ def test_an_operator_resumes_and_the_same_strangers_count_no_more():
     assert not strangers(range(5))
     assert strangers(range(5, 10)), "others do"
     assert len(at.log) == 2
+
+
+@given(st.text(max_size=300), st.text(max_size=60))
+def test_whatever_a_client_says_is_kept_and_told_in_one_line(hello, fingerprint):
+    at = gate()
+    for number in range(5):
+        facts = session("10.1.2.3", hello)
+        at.sources.show(facts, fingerprint, reverse(f"a@world{number}.org"), inbound=True)
+        at.sources.show(facts._replace(hello=f"mx.world{number}.org"), fingerprint, None, inbound=False)
+    (told,) = at.log
+    assert told["text"].isprintable()
+    assert told["text"].isascii()
 
 
 def test_who_is_no_trusted_client_is_not_watched():
