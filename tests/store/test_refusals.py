@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -123,6 +124,22 @@ def test_every_damage_to_a_line_is_passed_over():
         assert decode(line[:cut]) is None
     for json_text in (b"1", b"[]", b"{}", b'{"schema":"1"}', b'{"schema":true}', b"[" * 500_000, b"\0" * 100):
         assert decode(json_text) is None
+
+
+@given(st.data())
+def test_no_damage_raises(data):
+    line = bytearray(encode(refusal()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        line[data.draw(st.integers(0, len(line) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(StorageError):  # the schema became a greater one
+        decode(bytes(line))
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00", "9999-12-31T23:59:59", "2026-11-23", "20261123T000000Z", ""])
+def test_a_time_is_in_utc(time):
+    record = json.loads(encode(refusal()))
+    kept = decode(json.dumps({**record, "time": time}).encode())
+    assert (kept is not None) == (time == "20261123T000000Z")
 
 
 def test_a_wrong_value_anywhere_damages_the_line():

@@ -179,6 +179,8 @@ def _decided_again(
 
 def _named_as_now(gate: GateSettings, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
     """The findings on an entry's rate, where the running gate spelled the path of the file in another way."""
+    if not findings:
+        return ()
     now = {relay.rate_check(Path(entry.where).name): relay.rate_check(entry.where) for entry in gate.rules.trust}
     named = []
     for finding in findings:

@@ -49,7 +49,7 @@ TROUBLE_SAID_S = 60.0
 _BATCH_REFUSALS = 64
 _BATCH_OCTETS = 64 << 10
 
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 # As the gate makes them: no I, L, O or U, so that a reference can be read out over the telephone.
 _REFERENCE = re.compile(r"[0-9A-HJKMNP-TV-Z]{8}-[0-9]{1,9}")
@@ -355,7 +355,10 @@ def _texts(value: object) -> tuple[str, ...]:
 
 
 def _seconds(value: object) -> float:
-    return datetime.fromisoformat(_text(value)).timestamp()
+    text = _text(value)
+    if not text.endswith("Z"):
+        raise ValueError(text)
+    return datetime.fromisoformat(text).timestamp()
 
 
 def _count(record: dict[str, Any]) -> int:
