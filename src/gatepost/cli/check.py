@@ -18,6 +18,7 @@ from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.config import exposure, sentences, settings, surroundings
 from gatepost.config.document import Document
 from gatepost.errors import ConfigError, GatepostError
+from gatepost.gate import interfaces
 
 Backend = Annotated[
     list[str] | None,
@@ -78,7 +79,7 @@ def check(
     facts["warnings"] += [
         *exposure.without_owner(gate.rules, now),
         *surroundings.look(loaded),
-        *surroundings.around(loaded, surroundings.neighbourhood(), now),
+        *surroundings.around(loaded, interfaces.look(), now),
         *trust.warnings(loaded),
     ]
     facts["dialects"] = dialect.kept(loaded)

@@ -180,10 +180,11 @@ def _covers(wide: TrustEntry, entry: TrustEntry) -> bool:
 
     An entry with rates of its own covers nothing: once they are used up, the next entry counts.
     """
+    shared = entry.shared and not wide.shared
     lowers = entry.tls_minimum in _BELOW_LISTENERS and entry.tls_minimum != wide.tls_minimum
     normalises = entry.bare_newlines == "normalise" and wide.bare_newlines != "normalise"
     return (
-        not (wide.messages_per_hour or wide.recipients_per_hour or lowers or normalises)
+        not (wide.messages_per_hour or wide.recipients_per_hour or shared or lowers or normalises)
         and _lasts(wide.expires_at, entry.expires_at)
         and wide.tls_minimum <= entry.tls_minimum  # "" and "1.0" to "1.3" sort as they are meant
         and _hold(wide.reverse_paths, entry.reverse_paths)

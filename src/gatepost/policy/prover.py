@@ -222,23 +222,27 @@ class _Prover:
 
     def _open_domains(self) -> Iterator[Opening]:
         """Strangers are let through because a pattern takes somebody else's domain for ours."""
+        found = self._escapes(self._others, NOBODY, self._stranger)
+        if found:  # by one of its kind; now by each
+            found = self._escapes(self._others, NOBODY, self._stranger, self.partition.questions_of_strangers())
         escapes: dict[str, list[_Escape]] = {}
-        questions = self.partition.questions_of_strangers()
-        for escape in self._escapes(self._others, NOBODY, self._stranger, questions):
+        for escape in found:
             authority = escape.verdict.recipient.authority
             if isinstance(authority, LocalDomain):
                 escapes.setdefault(authority.pattern, []).append(escape)
         for index, local in enumerate(self.rules.local):
-            found = escapes.pop(local.pattern, None)
-            if found:
+            by_pattern = escapes.pop(local.pattern, None)
+            if by_pattern:
                 below = local.pattern.removeprefix("*.")
                 sentence = f'"{local.pattern}" is all of "{below}"; name your own domains'
-                yield Opening("local", index, sentence, self._dialogue(self._stranger, found))
+                yield Opening("local", index, sentence, self._dialogue(self._stranger, by_pattern))
 
     def _open_networks(self, public_trust: int) -> Iterator[Opening]:
         """The addresses that may send anywhere are more than anybody has clients."""
         reached: list[tuple[AddressClass, list[_Escape]]] = []
         for one in self.partition.addresses:
+            if not public_parts(one.ranges):
+                continue  # whatever such addresses may do, no stranger has one
             session = self._stranger._replace(client=Client(one.witness, 0))
             escapes = [
                 escape
@@ -268,7 +272,7 @@ class _Prover:
                     (
                         self._dialogue(self._stranger._replace(client=Client(one.witness, 0)), escapes)
                         for one, escapes in reached
-                        if n in one.standing.grants and public_parts(one.ranges)
+                        if n in one.standing.grants
                     ),
                     key=_length,
                 ),
@@ -302,7 +306,14 @@ class _Prover:
     def _escapes(
         self, rules: RelayRules, standing: Standing, session: Session, questions: Iterable[Question] | None = None
     ) -> list[_Escape]:
-        """What a session without a login gets through to domains that nobody named, by a listener that there is."""
+        """What a session without a login gets through to domains that nobody named, by a listener that there is.
+
+        Args:
+            questions: those to ask; None for one of each class.
+        """
+        if questions is None:
+            questions = self.partition.questions(standing)
+        leading_elsewhere = (question for question in questions if question[2].kind.elsewhere)
         spoken = {
             tls
             for tls in TLS_VERSIONS
@@ -310,8 +321,8 @@ class _Prover:
         }
         return [
             _Escape(verdict, tls, reverse.path, forward.path)
-            for (tls, reverse, forward), verdict in self._decide(rules, standing, session, questions)
-            if isinstance(verdict, Admit) and forward.kind.elsewhere and tls in spoken
+            for (tls, reverse, forward), verdict in self._decide(rules, standing, session, leading_elsewhere)
+            if isinstance(verdict, Admit) and tls in spoken
         ]
 
     def _dialogue(self, session: Session, escapes: list[_Escape], listener: Listener | None = None) -> Dialogue:
@@ -368,8 +379,8 @@ class _Prover:
         for standing, witness in facts:
             self._decide(self._others, standing, witness)
         for one in partition.addresses:
-            if one.standing not in self.admitted:  # as where every listener demands a login
-                self._decide(rules, one.standing, session._replace(client=Client(one.witness, 0)))
+            self._decide(rules, one.standing, session._replace(client=Client(one.witness, 0)))
+        self._decide(self._others, NOBODY, session, partition.questions_of_strangers())
 
     def _decide(
         self, rules: RelayRules, standing: Standing, session: Session, questions: Iterable[Question] | None = None
