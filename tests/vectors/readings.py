@@ -133,6 +133,15 @@ def _bang(address: bytes) -> Iterator[bytes]:
         yield user + b"@" + host
 
 
+@_rule("caret")
+def _caret(address: bytes) -> Iterator[bytes]:
+    """next^user@here: the sendmail.cf of BSD, IDA and SunOS 4.1 made carets bangs, for shells that take "!"."""
+    local, _ = split(address)
+    if b"^" in local and not local.startswith(b'"'):
+        host, _, user = local.partition(b"^")
+        yield user + b"@" + host
+
+
 @_rule("imcea")
 def _imcea(address: bytes) -> Iterator[bytes]:
     """IMCEASMTP-user+40host@here: Exchange's encapsulated address."""

@@ -54,7 +54,7 @@ HARMLESS = {
 
 
 def test_all_published_cases_are_here():
-    assert len(CASES) == len({case.id for case in CASES}) == 412
+    assert len(CASES) == len({case.id for case in CASES}) == 415
     assert Counter(case.family for case in CASES) == {
         "addr": 75,
         "eod": 49,
@@ -74,7 +74,7 @@ def test_all_published_cases_are_here():
         "trace": 7,
     }
     assert Counter(case.client for case in CASES) == {"stranger": 395, "authenticated": 16, "trusted": 1}
-    assert len({case.address for case in CASES}) == 412
+    assert len({case.address for case in CASES}) == 415
 
 
 @pytest.fixture(scope="module")

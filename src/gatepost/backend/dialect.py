@@ -80,8 +80,8 @@ NOBODY = (
 POSTMASTER = Form("postmaster", "<postmaster@{ours}>")
 FOREIGN = Form("another domain", "<{user}@{elsewhere}>", lands_here=False)
 CONTROLS = (*NOBODY, POSTMASTER, FOREIGN)
-# What some servers read as user@elsewhere.  The last four are ordinary local-parts by RFC 5321; but the Sendmail of BSD
-# and SunOS makes a caret a bang ("convert ^ to !"), and what decodes VERP makes an at-sign of others.
+# What some servers read as user@elsewhere: the Sendmail of BSD and SunOS makes a caret a bang ("convert ^ to !").  The
+# last three are ordinary local-parts; but what decodes VERP makes an at-sign of others.
 FORMS = (
     Form("percent", "<{user}%{elsewhere}@{ours}>"),
     Form("bang", "<{elsewhere}!{user}@{ours}>"),

@@ -116,6 +116,7 @@ FORMS = (
     # ---- bang: UUCP paths are read from the left
     Form("bang-bare", "<{outside}!{user}>", "a UUCP path", _NMAP, "bare"),
     Form("bang-ours", "<{outside}!{user}@{ours}>", "a UUCP path at the local domain", _NMAP, "ours"),
+    Form("caret-ours", "<{outside}^{user}@{ours}>", "a UUCP path, written for shells that take a bang", "sendmail.cf of BSD", "ours"),
     Form("bang-literal", "<{outside}!{user}@{literal}>", "a UUCP path at the server's address", _NMAP, "literal"),
     Form("bang-path", "<{ours}!{outside}!{user}>", "a UUCP path of two hops", "RFC 976", "bare"),
     Form("bang-through-us", "<{ours}!{user}@{outside}>", "the local domain is seen first", "RFC 976"),

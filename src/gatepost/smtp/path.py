@@ -465,7 +465,7 @@ def _shape_of_text(local_part: str) -> Shape:
         return Shape.QUOTED_AT
     if "%" in local_part:
         return Shape.PERCENT
-    if "!" in local_part:
+    if "!" in local_part or "^" in local_part:  # the sendmail.cf of BSD and SunOS: "convert ^ to !"
         return Shape.BANG
     if ("=?" in local_part and "?=" in local_part) or "&#" in local_part or _ENCAPSULATED.match(local_part):
         return Shape.ENCODED
