@@ -56,7 +56,7 @@ HARMLESS = {
 def test_all_published_cases_are_here():
     assert len(CASES) == len({case.id for case in CASES}) == 415
     assert Counter(case.family for case in CASES) == {
-        "addr": 75,
+        "addr": 78,
         "eod": 49,
         "relay-basic": 43,
         "conf": 35,
@@ -73,7 +73,7 @@ def test_all_published_cases_are_here():
         "dos": 8,
         "trace": 7,
     }
-    assert Counter(case.client for case in CASES) == {"stranger": 395, "authenticated": 16, "trusted": 1}
+    assert Counter(case.client for case in CASES) == {"stranger": 398, "authenticated": 16, "trusted": 1}
     assert len({case.address for case in CASES}) == 415
 
 
