@@ -275,7 +275,7 @@ def test_a_denial_at_mail(gate, client):
     assert told.code == 1
     assert " UTC, at MAIL\n" in told.out
     assert f"rule    the administrator denies it: complaint of 12 May ({BY_DENY})\n" in told.out
-    assert f"now     the same ({BY_DENY})\n" in told.out
+    assert f"now     the same, by [[deny]] reverse_path *@spam.test ({BY_DENY}): complaint of 12 May\n" in told.out
     assert f"admitted if this entry did not stand there ({BY_DENY})\n" in told.out
 
 
@@ -418,7 +418,10 @@ def test_a_grant_that_has_moved_down_is_the_same(gate, client, changed):
     explained(gate, reference_in(reply))
     told = explained(gate, reference_in(reply), file=changed("[gate]", "# a comment\n[gate]"))
     assert f"rule    the permission is narrowed by reverse_paths ({BY_PRINTER})\n" in told.out
-    assert f"now     the same (changed.toml:{line_of(PRINTER)})\n" in told.out
+    assert (
+        f"now     the same, by [[trust]] network {PRINTER}/32 (changed.toml:{line_of(PRINTER)}): the printer"
+        in told.out
+    )
 
 
 def test_an_account_that_was_granted_the_address(gate, client, changed):
@@ -472,10 +475,10 @@ def test_a_rate_of_a_grant_in_a_file_that_the_gate_calls_by_another_name(tmp_pat
         verdict=Defer(Reason.RATE, name, "the branch"),
     )
     said = explained(
-        Gate(tmp_path, CONFIG.replace('why = "the branch', 'messages_per_hour = 60\nwhy = "the')), reference
+        Gate(tmp_path, CONFIG.replace('why = "the branch', 'messages_per_hour = 60\nwhy = "the branch')), reference
     )
     assert f"rule    too much mail in that hour: the branch ({name})\n" in said.out
-    assert f"now     the same ({BY_BRANCH})\n" in said.out
+    assert f"now     the same, by [[trust]] network {BRANCH}/32 ({BY_BRANCH}): the branch\n" in said.out
     assert f"        [[trust]] network {BRANCH}/32 ({BY_BRANCH}): too much mail in that hour\n" in said.out
     assert f"admitted if there had been room in that hour ({BY_BRANCH})\n" in said.out
 

@@ -278,8 +278,7 @@ def _now_text(now: dict[str, Any]) -> str:
             return f"ACCEPTED: {now['detail']}"
         return f"ADMITTED by {decided.rule_text(now)}; goes to the backend {now['backend']}"
     if now["same"]:
-        where = f" ({now['rule']['where']})" if now["rule"] else ""
-        return f"the same{where}"
+        return f"the same, by {decided.rule_text(now)}" if now["rule"] else "the same"
     word = "DEFERRED" if now["verdict"] == "defer" else "REFUSED"
     return f"{word} with {now['reply']}, by {decided.rule_text(now)}"
 
