@@ -415,7 +415,9 @@ def test_explain_routing_characters(here, capsys):
 
 def test_explain_tls_helo_account_and_listener(here, capsys):
     Path("gatepost.toml").write_text(
-        CONFIG.replace('why = "office', 'tls_minimum = "1.2"\nwhy = "office')
+        CONFIG.replace('why = "office', 'tls_minimum = "1.2"\nwhy = "office').replace(
+            'address = "127.0.0.1:2525"', 'address = "127.0.0.1:2525"\nsend_as = "enforce"'
+        )
         + '[[deny]]\nhelo = "bad.test"\n[[trust]]\naccounts = ["anna"]\n[[trust]]\nlisten = "inside"\n'
         + f'[[trust]]\ncertificate = "{"ab" * 32}"\n[[trust]]\npop3 = "30m"\n'
     )

@@ -642,7 +642,7 @@ class Session:
                 transaction = self.transaction._replace(now=time.time())  # noqa: TID251
                 authors = () if isinstance(author, HeaderDefect) else author
                 reply = self._refuse("content", refusal, record, transaction, authors=authors)
-                return self._finish(reply, refusal.reason.name.lower())
+                return self._finish(reply, refusal.reason.name.lower(), counted=True)
         self._message_number += 1
         message = f"{self.facts.reference}.{self._message_number}"
         record["message"] = message
@@ -765,14 +765,15 @@ class Session:
             record["reply"] = reply.line
         return reply
 
-    def _finish(self, reply: Reply, why: str) -> Reply:
+    def _finish(self, reply: Reply, why: str, *, counted: bool = False) -> Reply:
         """The transaction is over, one way or the other."""
         record = self._transaction_record
         record["verdict"] = verdict = "accepted" if reply.positive else "deferred" if reply.transient else "refused"
         record["reply"] = reply.line
         if not reply.positive:
             record["reason"] = why
-        self.server.metrics.reply("content", "accepted" if reply.positive else why)
+        if not counted:
+            self.server.metrics.reply("content", "accepted" if reply.positive else why)
         self.server.metrics.message(verdict, record["size"])
         self._forget_transaction()
         return reply
