@@ -68,9 +68,11 @@ itself (127.0.0.1, as the records of dynamic names often say while their owner i
 ## When a configuration is an open relay
 
 A file that lets strangers send anywhere does not load. That is so where the networks in `[[trust]]` hold more public
-addresses together than `[gate] public_trust` allows; where `[domains] local` takes in a whole top-level domain; and
-where `[[trust]] listen` names a listener that strangers reach: one at a public address, or one of role mx that is not
-on the loopback interface alone, unless AUTH is required there. `[gate] open_relay` with the gate's own name loads it
+IPv4 addresses, or more IPv6 sites (/48), together than `[gate] public_trust` allows; where `[domains] local` takes in
+a whole top-level domain; and where `[[trust]] listen` names a listener that strangers reach: one at a public address,
+or one of role mx that is not on the loopback interface alone, unless AUTH is required there. Narrowing by
+reverse_paths changes nothing, for anybody can claim one. `gatepost check` shows the dialogue by which a stranger
+relays; [the proof](../proof.md) has the whole definition. `[gate] open_relay` with the gate's own name loads the file
 even so.
 """
 

@@ -155,9 +155,9 @@ class Gate(Table):
         PUBLIC_TRUST,
         ge=0,
         le=2**32,
-        description="How many public IPv4 addresses in all may relay without AUTH before the configuration counts as "
-        "an open relay and is refused. An IPv6 /48, one site, counts as one address. An entry that has expired, or "
-        "whose forward_paths all name domains, does not count.",
+        description="How many public IPv4 addresses, and how many IPv6 sites (/48), may relay without AUTH in all "
+        "before the configuration counts as an open relay and is refused: by default 65,536 addresses and a /32. An "
+        "entry that has expired, or whose forward_paths all name domains, does not count.",
     )
     open_relay: DomainName | None = Field(
         None,

@@ -145,16 +145,16 @@ class Partition:
         self._narrowed_to = _by_text((n, entry.forward_texts) for n, entry in trust)
         self._narrowed_from = _by_text((n, entry.reverse_texts) for n, entry in trust)
         self._lowest_tls = {n for n, entry in trust if entry.tls_minimum}
-        forward_patterns = [
+        leading = [
             *(pattern for _, entry in trust for pattern in entry.forward_paths),
-            *(entry.forward_path for entry in deny if entry.forward_path is not None),
             *(pattern for route in rules.routes for pattern in route.forward_paths),
         ]
+        forward_patterns = [*leading, *(entry.forward_path for entry in deny if entry.forward_path is not None)]
         reverse_patterns = [
             *(pattern for _, entry in trust for pattern in entry.reverse_paths),
             *(entry.reverse_path for entry in deny if entry.reverse_path is not None),
         ]
-        self._names = _Names(rules, forward_patterns)
+        self._names = _Names(rules, leading)
         self.forwards = list(self._forward_classes(forward_patterns))
         self.reverses = list(self._reverse_classes(reverse_patterns))
         self.addresses = self._address_classes()
