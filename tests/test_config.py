@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import textwrap
 import tomllib
@@ -1446,12 +1445,18 @@ def test_a_trusted_network_that_others_may_come_to_share_is_warned_of(network, s
     assert surroundings.around(load(trusting(network)), (), NOW) == []
 
 
-def test_what_this_host_says_of_its_neighbours_is_understood():
-    """Else the warnings above would never come: each kind of word is one that ``look`` has."""
-    source = inspect.getsource(interfaces)
-    assert "this host's default route" in source
-    assert "the address of this host's {kind} {name}" in source
-    assert all(isinstance(what, str) for _, what in interfaces.look())
+def test_what_the_kernel_says_of_its_neighbours_becomes_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(interfaces, "_PROC", tmp_path)
+    monkeypatch.setattr(interfaces, "_SYS", tmp_path)
+    (tmp_path / "docker0" / "bridge").mkdir(parents=True)
+    (tmp_path / "if_inet6").write_text("fd000017000000000000000000000001 02 40 00 80  docker0\n")
+    router = f"{int(ip_address('fd00:1::1')):032x}"
+    (tmp_path / "ipv6_route").write_text(f"{'0' * 32} 00 {'0' * 32} 00 {router} 00000400 00000002 0 00000003 eth0\n")
+    warned = surroundings.around(load(trusting("fd00:17::/64", "fd00:1::/64")), interfaces.look(), NOW)
+    assert [warning.split(". ")[0] for warning in warned] == [
+        "gatepost.toml:9: [[trust]] network: fd00:17::/64 holds fd00:17::1, the address of this host's bridge docker0",
+        "gatepost.toml:11: [[trust]] network: fd00:1::/64 holds fd00:1::1, this host's default route",
+    ]
 
 
 def test_a_listed_proxy_that_is_trusted_itself_is_warned_of():
