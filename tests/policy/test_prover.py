@@ -113,6 +113,15 @@ OPEN = {
         "2.0.0.1",
         (HELLO, NULL, ELSEWHERE),
     ),
+    "with all of it denied for a while": (
+        rules(
+            network("0.0.0.0/0"),
+            deny=(DenyEntry("d:1", network=ip_network("0.0.0.0/0"), expires_at=9.0), DenyEntry("d:2", helo="x.test")),
+        ),
+        (MX,),
+        "1.0.0.1",
+        (HELLO, NULL, ELSEWHERE),
+    ),
     "with the usual names of strangers denied": (
         rules(
             network("0.0.0.0/0"),
@@ -166,11 +175,11 @@ def test_what_is_open_is_shown_by_a_dialogue_that_relays(name):
     given, listeners, client, commands = OPEN[name]
     opened = found(given, *listeners)
     assert opened
+    proof = prove(given, listeners, ALLOWED, 0.0)
     for opening in opened:
-        played = replay(given, opening.dialogue, 0.0)
+        played = replay(proof.opened, opening.dialogue, 0.0)
         assert [exchange.command for exchange in played] == list(opening.dialogue.commands)
         assert played[-1].reply.startswith("250 "), played
-    proof = prove(given, listeners, ALLOWED, 0.0)
     assert not proof.proven
     assert proof.openings == opened
     assert proof.shortest is not None
@@ -253,6 +262,14 @@ def test_each_network_that_is_too_wide_is_told_and_the_widest_where_none_is():
     assert together.sentence.startswith("the networks in [[trust]] hold 98,304 public addresses together; ")
     (narrow,) = found(rules(network("0.0.0.0/0", forward_paths=patterns("*@partner.test")), network("8.0.0.0/8")))
     assert narrow.number == 1, "the wide one leads to one partner only"
+
+
+def test_a_denial_that_expires_is_no_proof():
+    (opening,) = found(OPEN["with all of it denied for a while"][0])
+    assert opening.sentence.endswith("; what keeps strangers out now is a [[deny]] entry that expires")
+    (unkept,) = found(rules(network("0.0.0.0/0"), deny=(DenyEntry("d:1", helo="x.test", expires_at=9.0),)))
+    assert "expires" not in unkept.sentence
+    assert found(rules(deny=(DenyEntry("d:1", helo="x.test", expires_at=9.0),))) == ()
 
 
 def test_a_dialogue_is_the_shortest_and_fits_its_listener():

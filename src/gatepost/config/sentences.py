@@ -139,7 +139,7 @@ def proof_facts(proof: Proof, rules: RelayRules, now: float) -> dict[str, Any]:
             }
             for opening in proof.openings
         ],
-        "dialogue": None if proof.shortest is None else _dialogue_facts(proof.shortest, rules, now),
+        "dialogue": None if proof.shortest is None else _dialogue_facts(proof.shortest, proof.opened, now),
     }
 
 

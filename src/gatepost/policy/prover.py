@@ -124,12 +124,14 @@ class Proof:
 
     Attributes:
         openings: empty where the configuration is closed.
+        opened: the rules under which the dialogues relay: without denials that expire, where these alone prevent it.
         standings: how many kinds of clients there are; reverse_paths, forward_paths: how many kinds of these.
         decisions: how often ``relay.decide`` was asked.
         admitted: for each kind of client the kinds of questions, and whether they are admitted.
     """
 
     openings: tuple[Opening, ...]
+    opened: RelayRules
     standings: int
     reverse_paths: int
     forward_paths: int
@@ -161,17 +163,30 @@ def openings(rules: RelayRules, listeners: tuple[Listener, ...], public_trust: i
         public_trust: how many public IPv4 addresses may be trusted in all, and how many IPv6 sites (/48).
         now: seconds since the epoch; what has expired opens nothing.
     """
-    return _Prover(rules, listeners, now).openings(public_trust)
+    return _openings(_Prover(rules, listeners, now), public_trust)[0]
+
+
+def _openings(prover: _Prover, public_trust: int) -> tuple[tuple[Opening, ...], RelayRules]:
+    """The openings, and the rules under which they are there: those of today, or of the day when denials have ended."""
+    rules = prover.rules
+    found = prover.openings(public_trust)
+    if found or all(entry.expires_at is None for entry in rules.deny):
+        return found, rules
+    lasting = replace(rules, deny=tuple(entry for entry in rules.deny if entry.expires_at is None))
+    later = _Prover(lasting, prover.listeners, prover.partition.now).openings(public_trust)
+    until = "; what keeps strangers out now is a [[deny]] entry that expires"
+    return tuple(opening._replace(sentence=opening.sentence + until) for opening in later), lasting
 
 
 def prove(rules: RelayRules, listeners: tuple[Listener, ...], public_trust: int, now: float) -> Proof:
     """Decide for everybody, and not for strangers alone.  Args as of ``openings``."""
     prover = _Prover(rules, listeners, now)
-    found = prover.openings(public_trust)
+    found, opened = _openings(prover, public_trust)
     prover.decide_for_known()
     partition = prover.partition
     return Proof(
         openings=found,
+        opened=opened,
         standings=len(prover.admitted),
         reverse_paths=len(partition.reverses),
         forward_paths=len(partition.forwards),
