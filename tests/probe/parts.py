@@ -51,7 +51,8 @@ class Scripted:
         forgets: RCPT is answered whatever became of MAIL.
         errors: so many refusals on a connection, and it ends it with 421.
         connections: the greeting of each connection by its number, from 0; None does not greet but hangs up.
-        tls: STARTTLS is offered.
+        tls: STARTTLS is offered; implicit_tls: TLS from the first octet.
+        over: set when a connection has ended.
         injected: what an attacker in between adds to the reply to STARTTLS.
     """
 
@@ -63,6 +64,8 @@ class Scripted:
     errors: int = 1000
     connections: Callable[[int], str | None] = lambda number: "220 mx.example.com ESMTP"
     tls: ssl.SSLContext | None = None
+    implicit_tls: ssl.SSLContext | None = None
+    over: asyncio.Event | None = None
     injected: bytes = b""
     host: str = "127.0.0.1"
     heard: list[str] = field(default_factory=list)
@@ -71,7 +74,7 @@ class Scripted:
     port: int = 0
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, self.host, self.port)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port, ssl=self.implicit_tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -91,6 +94,8 @@ class Scripted:
             pass
         finally:
             writer.close()
+            if self.over is not None:
+                self.over.set()
 
     async def _converse(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         greeting = self.connections(number)

@@ -509,6 +509,31 @@ async def test_plain_and_tls_are_both_tested(tls):
         assert [one.tls for one in (await ask(server, starttls="require")).rounds] == [True]
 
 
+async def test_tls_from_the_first_octet(tls):
+    async with Scripted(implicit_tls=tls) as server:
+        report = await ask(server, implicit_tls=True)
+        assert [(one.name, one.verdict) for one in report.rounds] == [("IPv4 TLS", Verdict.CLOSED)]
+        assert report.rounds[0].tls_version.startswith("TLSv1.")
+        assert "STARTTLS" not in server.heard
+        assert (await ask(server, timeout_s=1.0)).verdict is Verdict.UNKNOWN  # in plain nobody answers there
+    async with Scripted() as server:
+        report = await ask(server, implicit_tls=True)
+    assert report.verdict is Verdict.UNKNOWN
+    assert "the TLS handshake failed" in report.why[0]
+
+
+async def test_who_cancels_a_test_leaves_no_connection_behind():
+    asked, gone = asyncio.Event(), asyncio.Event()
+    server = Scripted(rcpt=lambda argument: asked.set() or "", over=gone)
+    async with server:
+        test = asyncio.create_task(ask(server))
+        async with asyncio.timeout(20.0):
+            await asked.wait()
+            test.cancel()
+            await gone.wait()
+    assert test.cancelled()
+
+
 async def test_open_under_tls_alone_is_open(tls):
     server = Scripted(tls=tls)
     server.rcpt = lambda argument: relays_plainly(argument) if "STARTTLS" in server.heard else closed(argument)

@@ -51,6 +51,7 @@ class ProbeSettings:
         reverse_path: what MAIL FROM says where a form leaves it open; "" for the first that the server takes.
         hello: our name in EHLO; "" for the address literal of our own address.
         families: 4, 6 or both.
+        implicit_tls: TLS from the first octet, as on port 465; ``starttls`` then says nothing.
         source: the address to speak from; None for the host's choice.
         pause_s: between two forms.
         timeout_s: for a connection, and for each reply, however many octets it comes in.
@@ -64,6 +65,7 @@ class ProbeSettings:
     hello: str = ""
     families: tuple[int, ...] = (4, 6)
     starttls: StartTls = "auto"
+    implicit_tls: bool = False
     source: Address | None = None
     pause_s: float = 0.2
     timeout_s: float = 30.0

@@ -89,6 +89,13 @@ class RoundTest:
         Args:
             deliver: the message may be sent, where the settings name an address.
         """
+        try:
+            return await self._run(deliver=deliver)
+        finally:
+            if self._wire is not None:  # whoever cancels the test leaves no connection behind
+                self._wire.abort()
+
+    async def _run(self, *, deliver: bool) -> Round:
         self._given_up = await self._open()
         names = self._names()
         local = self._local_domains()
@@ -136,6 +143,10 @@ class RoundTest:
         if isinstance(wire, str):
             return wire
         self._wire = wire
+        if settings.implicit_tls:
+            reason = await self._handshake(wire)
+            if reason:
+                return reason
         greeting = await wire.reply()
         self._greeting = self._greeting or greeting.line
         if greeting.code != 220:
@@ -143,7 +154,7 @@ class RoundTest:
             return f"it greets with {greeting.line}" if greeting.code else f"no greeting: {greeting.text}"
         self._hello = self._hello or _literal(ip_address(wire.own_address.partition("%")[0]))
         heard = await self._say_hello()
-        if heard.positive and self._tls:
+        if heard.positive and self._tls and not settings.implicit_tls:
             reason = await self._start_tls(wire)
             if reason:
                 await wire.quit()
@@ -170,6 +181,9 @@ class RoundTest:
         heard = await wire.command("STARTTLS")
         if heard.code != 220:
             return f"it answers STARTTLS with {heard.line}"
+        return await self._handshake(wire)
+
+    async def _handshake(self, wire: Wire) -> str:
         name = self._target.host if domain_name(self._target.host) else ""
         self._tls_version = await wire.start_tls(name)
         return "" if self._tls_version else "the TLS handshake failed"

@@ -40,11 +40,12 @@ async def probe(target: Target, settings: ProbeSettings, progress: Progress | No
     delivery: Delivery | None = None
     for address in addresses:
         plain = None
-        if settings.starttls != "require":
+        if settings.starttls != "require" and not settings.implicit_tls:
             plain = RoundTest(target, address, settings, deadline, progress, tls=False)
             rounds.append(await plain.run(deliver=not (delivery and delivery.taken)))
             delivery = plain.delivery or delivery
-        if settings.starttls == "require" or (settings.starttls == "auto" and plain is not None and plain.offers_tls):
+        wanted = settings.implicit_tls or settings.starttls == "require"
+        if wanted or (settings.starttls == "auto" and plain is not None and plain.offers_tls):
             under_tls = RoundTest(target, address, settings, deadline, progress, tls=True)
             rounds.append(await under_tls.run(deliver=not (delivery and delivery.taken)))
             delivery = under_tls.delivery or delivery
