@@ -34,6 +34,7 @@ def test_ready():
         "listeners": [{"name": "mx", "address": "127.0.0.1:25"}],
         "workers": 2,
         "backends": {"mail": "up"},
+        "selftest": "unknown",
         "warnings": [],
     }
 
@@ -86,3 +87,14 @@ def test_suspended_trust_is_told():
         "the trust in 1 address or listener is suspended: strangers were seen there; see gatepost trust list"
     ]
     assert "2 addresses or listeners" in readiness(state(), {}, 2)[1]["warnings"][0]
+
+
+def test_a_gate_that_does_not_do_what_its_rules_say_is_told_and_stays_ready():
+    ready, body = readiness(state(), {}, selftest=False)
+    assert ready
+    assert body["selftest"] == "disagrees"
+    assert body["warnings"] == [
+        "ALARM: a listener does not do what the rules say; gatepost selftest shows how, and so does the log"
+    ]
+    assert readiness(state(), {}, selftest=True)[1]["selftest"] == "agrees"
+    assert readiness(state(), {}, selftest=True)[1]["warnings"] == []

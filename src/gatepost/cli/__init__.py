@@ -32,6 +32,7 @@ COMMANDS = (
     ("check", "gatepost.cli.check:check"),
     ("explain", "gatepost.cli.explain:explain"),
     ("probe", "gatepost.cli.probe:probe"),
+    ("selftest", "gatepost.cli.selftest:selftest"),
     ("ban", "gatepost.cli.ban:ban"),
     ("trust", "gatepost.cli.trust:trust"),
     ("account", "gatepost.cli.account:account"),

@@ -7,6 +7,8 @@ from gatepost.cli import BAD_NEWS, DONE, NOT_DONE
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.errors import GatepostError
 
+_SELFTESTS = {"agrees": "the gate does what its rules say", "disagrees": "the gate does NOT do what its rules say"}
+
 
 def run(*, config_path: ConfigOption = None) -> int:
     """Run the gate in the foreground.
@@ -40,6 +42,7 @@ def status(*, config_path: ConfigOption = None, as_json: JsonOption = False) -> 
         ("sessions", f"{seen.sessions_open:,} now, {seen.sessions:,} since the start"),
         ("messages", messages or "none"),
         ("backends", backends or "none was asked yet"),
+        ("self-test", _SELFTESTS.get(str(answer.get("selftest")), "none has told anything yet")),
     ):
         say(f"{title:<11}{words}")
     for problem in answer.get("problems", []):

@@ -79,6 +79,7 @@ Wait = Annotated[
 ]
 Bound = Annotated[int, PlainValidator(values.size_octets), Form('size, such as "1 MiB"', values.size_text)]
 Duration = Annotated[float, PlainValidator(values.duration_s), Form('time, such as "30m"', values.duration_text)]
+NEVER = Form('time, such as "1d"; 0 = never', values.duration_text)
 Count = Annotated[int, Field(ge=0, le=10**9), Form("number; 0 = none")]
 Expiry = Annotated[float, PlainValidator(values.expiry), Form("date or date-time, without quotes, UTC")]
 Network = Annotated[IPNetwork, PlainValidator(values.network), Form("network: CIDR, address/mask or one address")]
@@ -162,6 +163,12 @@ class Gate(Table):
     open_relay: DomainName | None = Field(
         None,
         description="The only way to load a configuration that relays for strangers: this gate's own name, as in name.",
+    )
+    selftest: Annotated[float, PlainValidator(values.duration_s), Field(le=31 * 86400), NEVER] = Field(
+        86400.0,
+        description="How often the gate probes itself through each of its listeners, as a stranger, and compares with "
+        "its rules; first some minutes after the start. A disagreement is an error in the log and a warning in "
+        "`gatepost status`.",
     )
 
 

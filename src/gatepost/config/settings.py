@@ -94,6 +94,8 @@ def build(document: Document, now: float, *, refuse_open: bool = True) -> GateSe
         auth=auth,
         guesses=_guesses(document),
         send_as=_send_as(document, rules, now),
+        open_relay=gate.open_relay == name,
+        selftest_s=gate.selftest,
     )
 
 

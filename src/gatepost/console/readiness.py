@@ -13,7 +13,7 @@ from typing import Any
 
 
 def readiness(
-    state: Mapping[str, Any], backends: Mapping[str, bool], suspended: int = 0
+    state: Mapping[str, Any], backends: Mapping[str, bool], suspended: int = 0, selftest: bool | None = None
 ) -> tuple[bool, dict[str, Any]]:
     """The verdict, and the body that explains it.
 
@@ -21,6 +21,7 @@ def readiness(
         state: what the supervisor wrote last; {} when it wrote nothing.
         backends: of each backend that was ever asked, whether it answered when a worker last asked it.
         suspended: trusted addresses and listeners whose trust is suspended.
+        selftest: whether the last self-test found what the rules say; None where none could tell.
     """
     problems = list(_problems(state))
     down = sorted(name for name, up in backends.items() if not up)
@@ -30,9 +31,11 @@ def readiness(
         "listeners": state.get("listeners", []),
         "workers": len(state.get("workers", [])),
         "backends": {name: "up" if up else "down" for name, up in sorted(backends.items())},
+        "selftest": "unknown" if selftest is None else "agrees" if selftest else "disagrees",
         "warnings": [
             *(f"backend {name} was last seen down: its mail is deferred with 451" for name in down),
             *_suspension_warnings(suspended),
+            *_selftest_warnings(selftest),
             *_reload_warnings(state),
         ],
     }
@@ -61,6 +64,12 @@ def _suspension_warnings(suspended: int) -> list[str]:
         return []
     whose = "1 address or listener" if suspended == 1 else f"{suspended} addresses or listeners"
     return [f"the trust in {whose} is suspended: strangers were seen there; see gatepost trust list"]
+
+
+def _selftest_warnings(selftest: bool | None) -> list[str]:
+    if selftest is not False:
+        return []
+    return ["ALARM: a listener does not do what the rules say; gatepost selftest shows how, and so does the log"]
 
 
 def _reload_warnings(state: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 
 from gatepost.console.exposition import CONTENT_TYPE, exposition
 from gatepost.console.readiness import readiness
-from gatepost.telemetry import BACKEND_STATE, TRUST_SUSPENDED, Metrics, StatusBoard
+from gatepost.telemetry import BACKEND_STATE, SELFTEST, TRUST_SUSPENDED, Metrics, StatusBoard
 
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -50,7 +50,8 @@ def application(metrics: Metrics, board: StatusBoard, version: str) -> FastAPI:
     async def readyz() -> Response:
         backends = {sample.labels[0]: sample.value > 0 for sample in metrics.read(BACKEND_STATE)}
         suspended = sum(int(sample.value) for sample in metrics.read(TRUST_SUSPENDED))
-        ready, body = readiness(board.read(), backends, suspended)
+        selftest = next((sample.value > 0 for sample in metrics.read(SELFTEST)), None)
+        ready, body = readiness(board.read(), backends, suspended, selftest)
         return JSONResponse(body, 200 if ready else 503)
 
     return app

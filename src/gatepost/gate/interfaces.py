@@ -62,6 +62,11 @@ def look() -> Iterator[tuple[IPAddress, str]]:
         yield router, "this host's default route"
 
 
+def own_addresses() -> list[IPAddress]:
+    """Of this host's interfaces, those of the loopback interface among them."""
+    return [address for _, address in (*_ipv4_addresses(), *_ipv6_addresses())]
+
+
 def _ipv4_addresses() -> list[tuple[str, IPAddress]]:
     """Of all interfaces that are up, labels of second addresses included."""
     buffer = array.array("B", bytes(INTERFACES_MAX * _IFREQ_OCTETS))

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Coroutine
 from datetime import UTC, datetime
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.interfaces import Interfaces
 from gatepost.gate.logins import Guard, Logins
 from gatepost.gate.mailbox_proxy import MailboxSession, turned_away
+from gatepost.gate.selftest import SelfTests, bound_for_smtp, compare
 from gatepost.gate.session import Session
 from gatepost.gate.settings import GateSettings, Limits, ListenSettings
 from gatepost.gate.sources import Sources
@@ -65,6 +67,7 @@ from gatepost.telemetry import (
     MESSAGES,
     REFUSALS_DROPPED,
     REPLIES,
+    SELFTEST,
     SESSIONS,
     SESSIONS_OPEN,
     TRUST_SUSPENDED,
@@ -73,7 +76,7 @@ from gatepost.telemetry import (
     Occupancy,
     SessionLog,
 )
-from gatepost.telemetry.metrics import ROLES, STATE_DOWN, STATE_UP
+from gatepost.telemetry.metrics import ROLES, STATE_DOWN, STATE_UNKNOWN, STATE_UP
 from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
 
 REFERENCE_OCTETS = 5
@@ -199,6 +202,11 @@ class Listener:
             self._servers[address] = await loop.create_server(
                 lambda: Connection(self, loop), sock=sock, backlog=socket.SOMAXCONN
             )
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Host and port of each socket, as bound."""
+        return [server.sockets[0].getsockname()[:2] for server in self._servers.values()]
 
     def close(self) -> None:
         """Accept no more; running sessions go on."""
@@ -371,6 +379,11 @@ class Counts:
         """So many trusted addresses and listeners are suspended."""
         self._metrics.put(self._suspended, sources)
 
+    def self_test(self, agrees: bool | None) -> None:
+        """A self-test is over; None where it could not tell."""
+        state = STATE_UNKNOWN if agrees is None else STATE_UP if agrees else STATE_DOWN
+        self._metrics.put(self._metrics.cell(SELFTEST), state)
+
     def refusals_dropped(self, refusals: int) -> None:
         """So many refusals were not kept for `gatepost explain`."""
         self._metrics.inc(self._refusals_dropped, refusals)
@@ -425,6 +438,8 @@ class Server:
         self._hello_replies: dict[tuple[str, bool, tuple[str, ...], bool], tuple[Reply, frozenset[str]]] = {}
         self._hello_capabilities: list[Capabilities | None] = []
         self._probing: set[str] = set()
+        self._self_tests = SelfTests(log, self.metrics.self_test)
+        self._self_testing: asyncio.Task[None] | None = None
         self._lingering: dict[Connection, float] = {}
         self._sweeps = 0
         self._random = b""
@@ -586,6 +601,8 @@ class Server:
     async def drain(self) -> None:
         """Take no new session, end the idle ones with 421, return when none is left in content."""
         self.draining = True
+        if self._self_testing is not None:
+            self._self_testing.cancel()
         for listener in self._listeners.values():
             listener.close()
         self._expire_idle()
@@ -792,12 +809,24 @@ class Server:
             return
         if self.worker == 0 and self._sweeps % SUSPENSION_SWEEPS == 0:
             self.metrics.suspended(len(self.sources.records.suspensions(self.now_s())))
+        if self.worker == 0 and self._self_tests.due(self.settings.selftest_s, now):
+            self._self_testing = self.spawn(self._self_test())
         self._sweeps += 1
         for backend in self.backends.values():
             if backend.healthy:
                 self.metrics.backend(backend.name, up=True)
             elif self._sweeps % PROBE_SWEEPS == 0:
                 self.spawn(self._probe(backend))
+
+    async def _self_test(self) -> None:
+        """Ask through every listener as a stranger; other workers take part, as each may get the connection."""
+        settings = self.settings
+        served = [(name, *at) for name, listener in self._listeners.items() for at in listener.addresses]
+        tests = (
+            partial(compare, settings, bound, number, self.hosts_of, self.now_s())
+            for number, bound in enumerate(bound_for_smtp(settings.listens, served))
+        )
+        await self._self_tests.run(tests, lambda: self.settings is settings)
 
     def _expire_idle(self) -> None:
         for session in list(self.sessions):

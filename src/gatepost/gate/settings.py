@@ -132,6 +132,8 @@ class GateSettings:
         name: the host name in greeting, EHLO and trace field.
         data: directory for keys, embedded mailboxes and temporary files.
         own_addresses: addresses of this host's listeners that are not wildcards (for address literals and loops).
+        open_relay: strangers may send anywhere through this gate, and the administrator said so.
+        selftest_s: the gate probes itself as often as that; 0 for never.
         auth: who verifies a login; guesses: how much guessing is borne; send_as: which accounts may send as whom.
     """
 
@@ -148,3 +150,5 @@ class GateSettings:
     auth: AuthSettings = field(default_factory=AuthSettings)
     guesses: GuessLimits = field(default_factory=GuessLimits)
     send_as: SendAsRules = field(default_factory=SendAsRules)
+    open_relay: bool = False
+    selftest_s: float = 0.0

@@ -195,6 +195,11 @@ RELOADS: Final = _declare(
 TRUST_SUSPENDED: Final = _declare(
     "gatepost_trust_suspended", "Trusted addresses and listeners whose trust is suspended now.", Kind.GAUGE
 )
+SELFTEST: Final = _declare(
+    "gatepost_selftest_agrees",
+    "1 when the last self-test found what the rules say, 0 when it found something else.",
+    Kind.STATE,
+)
 CATALOGUE: Final = tuple(_catalogue)
 CELLS: Final = _cells
 
