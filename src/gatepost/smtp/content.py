@@ -21,9 +21,6 @@ from typing import NamedTuple
 from gatepost.smtp.reply import Reply
 
 LINE_OCTETS_CEILING = 1 << 16  # a content line with the limit switched off is still bounded
-_NOT_FRAMING = bytes(octet for octet in range(256) if octet not in b"\r\n\0")
-_BARE_CR = re.compile(rb"\r(?!\n)")
-_CR_OR_DOT = re.compile(rb"\r(?:[^\n]|\n\.)")  # a bare CR, or a line that begins with a period
 _BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n|\0")
 _ANY_NEWLINE = re.compile(rb"\r\n|\r|\n")
 
@@ -99,16 +96,15 @@ class _Inspector:
             cut = max(cut, octets.rfind(b"\r", start, -1) + 1)
         return cut or start
 
-    def _judge(self, block: bytes, *, no_bare_cr: bool = False) -> Defect | None:
+    def _judge(self, block: bytes) -> Defect | None:
         """What forbids this block to pass, if anything; else it is counted.
 
         Args:
             block: starts at the start of a line; whole lines, the last line of a BDAT message may lack its end.
-            no_bare_cr: that is known already.
         """
-        # One pass keeps only CR, LF and NUL: as many CRs as LFs, in turn.  With no CR but before an LF they are pairs.
-        skeleton = block.translate(None, _NOT_FRAMING)
-        if skeleton != b"\r\n" * (len(skeleton) >> 1) or not (no_bare_cr or _BARE_CR.search(block) is None):
+        # Every CR LF is taken out: a CR or LF that is left was bare, also where two of them have become neighbours.
+        text = block.replace(b"\r\n", b"")
+        if b"\r" in text or b"\n" in text or b"\0" in text:
             return _classify(block)
         size = len(block)
         if size > self._line_max and self._has_long_line(block):
@@ -195,14 +191,14 @@ class DataReceiver(_Inspector):
             return b"", taken, ended
         if self._limits.normalise:
             body = _ANY_NEWLINE.sub(b"\r\n", body)
-            plain = False
+            plain = False  # what ended in a bare CR or LF may have put a period at the start of a line
         if not plain:
             if body.startswith(b"."):  # RFC 5321 §4.5.2: the first octet goes if it is a period
                 body = body[1:]
             body = body.replace(b"\r\n.", b"\r\n")
             if not self.dotted:
                 self.dotted = body.startswith(b".") or b"\r\n." in body
-        self.defect = self._judge(body, no_bare_cr=plain)
+        self.defect = self._judge(body)
         if not ended and len(octets) - taken > pending_max:
             self.defect = self.defect or Defect.LINE_TOO_LONG
         if self.defect is not None:
@@ -219,17 +215,16 @@ class DataReceiver(_Inspector):
 
         Returns:
             A block, where the octets not taken begin, whether content ended, and whether the block is known to hold no
-            bare CR and no line that begins with a period.
+            line that begins with a period.
         """
         if self._after_crlf and octets.startswith(b".", start):
             if octets.startswith(b".\r\n", start):
                 return b"", start + 3, True, True
         else:
-            odd = _CR_OR_DOT.search(octets, start, cut)
-            if odd is None:
+            at = octets.find(b"\r\n.", start, cut)
+            if at < 0:
                 self._after_crlf = octets.endswith(b"\r\n", start, cut)
                 return octets[start:cut], cut, False, True
-            at = odd.start()
             if octets.startswith(b"\r\n.\r\n", at):
                 return octets[start : at + 2], at + 5, True, True
         end = octets.find(b"\r\n.\r\n", start)
