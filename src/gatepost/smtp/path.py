@@ -32,6 +32,7 @@ LOCAL_PART_OCTETS_MAX = 200
 DOMAIN_OCTETS_MAX = 255  # RFC 5321 §4.5.3.1.2
 LABEL_OCTETS_MAX = 63  # RFC 1035 §2.3.4
 PATH_OCTETS_MAX = 256  # RFC 5321 §4.5.3.1.3, "<" and ">" included
+PATHS_REMEMBERED = 8192  # nearly all mail is from and for the same mailboxes
 
 Domain = str  # lower-case A-labels, as parse_domain() returns them
 
@@ -127,7 +128,7 @@ class Mailbox(NamedTuple):
         return _canonical(self)
 
 
-@lru_cache(maxsize=8192)  # nearly all mail is for a few mailboxes
+@lru_cache(maxsize=PATHS_REMEMBERED)
 def _canonical(mailbox: Mailbox) -> str:
     text = f"{mailbox.local_part}@{mailbox.domain}"
     return text if _CANONICAL.fullmatch(text) else _quoted(mailbox)
@@ -229,8 +230,11 @@ def parse_plain_mailbox(octets: bytes) -> Mailbox | None:
     Args:
         octets: hostile; "<" and ">" included.  What matches holds no space and no quote.
     """
-    if len(octets) > PATH_OCTETS_MAX:
-        return None
+    return _plain_mailbox(octets) if len(octets) <= PATH_OCTETS_MAX else None
+
+
+@lru_cache(maxsize=PATHS_REMEMBERED)
+def _plain_mailbox(octets: bytes) -> Mailbox | None:
     match = _PLAIN_PATH.fullmatch(octets)
     if match is None:
         return None
