@@ -70,6 +70,10 @@ class Bans:
         self._digests = digests
         self.spared = spared
 
+    def any(self, now_s: float) -> bool:
+        """Whether anybody is banned, now or a moment ago: where not, nobody need be looked for."""
+        return self._store.read((_LENGTHS_KEY,), now_s)[0] is not None
+
     def client(self, address: IPAddress, now_s: float) -> Ban | None:
         """The ban of this client, whatever account it would use; asked once a connection."""
         return self._first(BAN, address, b"", now_s)

@@ -429,6 +429,7 @@ class Server:
         self._store: Store | None = None
         self._digests: Digests
         self._bans: Bans
+        self._some_banned = True  # until it was looked at: a session without any ban should not pay for the look-up
         self._windows: MailboxWindows | None = None
         self._authenticator: tuple[AuthSettings, Authenticator] | None = None
         self._counts: HourlyCounts | None = None
@@ -552,6 +553,7 @@ class Server:
         )
 
     def _banned(self, ban: Ban) -> None:
+        self._some_banned = True
         whom = f"{ban.network} with the account {ban.account}" if ban.account else str(ban.network)
         until = datetime.fromtimestamp(ban.until_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
         self.log.event("ban", f"{whom} is banned until {until}: {ban.why}", Level.WARNING)
@@ -658,7 +660,7 @@ class Server:
             occupancy.leave(address)
             self.metrics.reply("connect", "busy")
             return _TOO_MANY_SESSIONS
-        if self._bans.client(address, self.now_s()) is not None:
+        if self._some_banned and self._bans.client(address, self.now_s()) is not None:
             occupancy.leave(address)
             self.metrics.reply("connect", "banned")
             return _BANNED
@@ -784,6 +786,7 @@ class Server:
     def _sweep(self) -> None:
         """End the sessions whose clients are silent.  One pass a second serves all of them."""
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
+        self._some_banned = self._bans.any(self.now_s())  # by any worker, or by an operator
         now = self.loop.time()
         timeouts, limit = self.settings.timeouts, self.settings.limits.sessions
         busy = bool(limit) and self.occupancy.sessions() > limit * BUSY_SHARE
