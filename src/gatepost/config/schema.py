@@ -30,6 +30,7 @@ AUTH = AuthSettings()
 GUESSES = GuessLimits()
 MAILBOX = MailboxServer("", 0)
 PUBLIC_TRUST = 65536
+SELFTEST_S = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ class Gate(Table):
         description="The only way to load a configuration that relays for strangers: this gate's own name, as in name.",
     )
     selftest: Annotated[float, PlainValidator(values.duration_s), Field(le=31 * 86400), NEVER] = Field(
-        86400.0,
+        SELFTEST_S,
         description="How often the gate probes itself through each of its listeners, as a stranger, and compares with "
         "its rules; first some minutes after the start. A disagreement is an error in the log and a warning in "
         "`gatepost status`.",
