@@ -78,14 +78,14 @@ class Asked(NamedTuple):
     """What is asked by a client of one standing: all that a decision reads of the transaction and the forward-path.
 
     Attributes:
-        reverse: the grants of the standing whose reverse_paths hold it; reverse_denied: by a [[deny]] entry.
-        forward: the grants of the standing whose forward_paths hold it.
+        covering: the grants of the standing that hold both the reverse-path and the forward-path.  Which of the two is
+            missing of another grant changes the words of a refusal, and not that it is one.
+        reverse_denied: by a [[deny]] entry.
     """
 
     tls: str
-    reverse: frozenset[int]
+    covering: frozenset[int]
     reverse_denied: bool
-    forward: frozenset[int]
     kind: Kind
 
 
@@ -144,6 +144,8 @@ class Partition:
         deny = [rules.deny[n] for n in sorted(self._deny)]
         self._narrowed_to = _by_text((n, entry.forward_texts) for n, entry in trust)
         self._narrowed_from = _by_text((n, entry.reverse_texts) for n, entry in trust)
+        self._to_anybody = frozenset(n for n, entry in trust if not entry.forward_texts)
+        self._from_anybody = frozenset(n for n, entry in trust if not entry.reverse_texts)
         self._lowest_tls = {n for n, entry in trust if entry.tls_minimum}
         leading = [
             *(pattern for _, entry in trust for pattern in entry.forward_paths),
@@ -162,6 +164,7 @@ class Partition:
         self._forwards_by_grant: dict[int, list[ForwardClass]] = {}
         self._reverses_by_denied: dict[bool, list[ReverseClass]] = {}
         self._reverses_by_grant: dict[int, list[ReverseClass]] = {}
+        self._reverses_known: dict[frozenset[int], list[ReverseClass]] = {}
         for reverse in self.reverses:
             self._reverses_by_denied.setdefault(reverse.denied, []).append(reverse)
             for n in reverse.grants:
@@ -213,13 +216,12 @@ class Partition:
         """The class of a question of a client of this standing."""
         grants = standing.grants
         tls = tls.removesuffix(".0") if self._lowest_tls & grants else ""
-        return Asked(
-            tls if tls in TLS_VERSIONS else "",
-            reverse.grants & grants,
-            reverse.denied,
-            forward.grants & grants,
-            forward.kind,
-        )
+        covering = self._holding(grants, forward) & (reverse.grants | self._from_anybody)
+        return Asked(tls if tls in TLS_VERSIONS else "", covering, reverse.denied, forward.kind)
+
+    def _holding(self, grants: frozenset[int], forward: ForwardClass) -> frozenset[int]:
+        """Which of these grants hold a forward-path; a narrowed one never holds what a backend may read as another."""
+        return grants & (self._to_anybody if forward.kind.routing else forward.grants | self._to_anybody)
 
     def _standing(self, trust: Iterable[int], deny: Iterable[int] = ()) -> Standing:
         return Standing(self._trust.intersection(trust), not self._deny.isdisjoint(deny))
@@ -320,26 +322,36 @@ class Partition:
         """An age of each class: a mailbox login is worth less as it gets older."""
         return [_FUTURE_S, 0.0, *sorted({entry.pop3_s for entry in self.rules.trust if entry.pop3_s})]
 
-    def questions(self, standing: Standing) -> Iterator[Question]:
-        """A witness of everything that a client of this standing can ask."""
-        return self._product(standing, self._forwards_for(standing.grants))
+    def questions(self, standing: Standing, *, elsewhere: bool = False) -> Iterator[Question]:
+        """A witness of everything that a client of this standing can ask; or only of what leads ``elsewhere``."""
+        forwards = self._forwards_for(standing.grants)
+        return self._product(standing, [one for one in forwards if one.kind.elsewhere or not elsewhere])
 
     def questions_of_strangers(self) -> Iterator[Question]:
         """Every forward-path that the rules name, and each shape of it, whether it differs from others or not."""
         return self._product(NOBODY, self.forwards)
 
     def _product(self, standing: Standing, forwards: list[ForwardClass]) -> Iterator[Question]:
-        grants = standing.grants
-        reverses: dict[tuple[bool, frozenset[int]], ReverseClass] = {}
-        for n in grants:
-            for one in self._reverses_by_grant.get(n, ()):
-                reverses.setdefault((one.denied, one.grants & grants), one)
-        for denied, members in self._reverses_by_denied.items():
-            other = next((one for one in members if grants.isdisjoint(one.grants)), None)
-            if other is not None:
-                reverses.setdefault((denied, frozenset()), other)
-        versions = TLS_VERSIONS if self._lowest_tls & grants else ("",)
-        return product(versions, reverses.values(), forwards)
+        versions = TLS_VERSIONS if self._lowest_tls & standing.grants else ("",)
+        for forward in forwards:
+            # Of a grant that does not hold the forward-path it does not matter whether it holds the reverse-path.
+            holding = self._holding(standing.grants, forward)
+            yield from product(versions, self._reverses_for(holding), (forward,))
+
+    def _reverses_for(self, grants: frozenset[int]) -> list[ReverseClass]:
+        """One of each class: those that narrowed ones among these grants name, and one that none of them names."""
+        found = self._reverses_known.get(grants)
+        if found is None:
+            classes: dict[tuple[bool, frozenset[int]], ReverseClass] = {}
+            for n in grants:
+                for one in self._reverses_by_grant.get(n, ()):
+                    classes.setdefault((one.denied, one.grants & grants), one)
+            for denied, members in self._reverses_by_denied.items():
+                other = next((one for one in members if grants.isdisjoint(one.grants)), None)
+                if other is not None:
+                    classes.setdefault((denied, frozenset()), other)
+            found = self._reverses_known[grants] = list(classes.values())
+        return found
 
     def leads_elsewhere(self, number: int) -> bool:
         """Whether a grant reaches beyond the domains that are named."""

@@ -327,7 +327,7 @@ class _Prover:
             questions: those to ask; None for one of each class.
         """
         if questions is None:
-            questions = self.partition.questions(standing)
+            questions = self.partition.questions(standing, elsewhere=True)
         leading_elsewhere = (question for question in questions if question[2].kind.elsewhere)
         spoken = {
             tls
