@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -102,8 +103,16 @@ def _plan(config_path: str | None) -> Plan:
         backends=tuple(backend.name for backend in gate.backends),
         watch=tuple(dict.fromkeys(path for path in (config_path, *chain.from_iterable(gate.tls.certificates)) if path)),
         introduction=_introduction(loaded) if config_path is None else (),
-        warnings=loaded.warnings,
+        warnings=(*loaded.warnings, *_around(loaded)) if config_path is not None else (),
     )
+
+
+def _around(loaded: Config) -> list[str]:
+    """Trusted networks that hold addresses which hide others, as this host stands now."""
+    from gatepost.config import surroundings
+    from gatepost.gate import interfaces
+
+    return surroundings.around(loaded, interfaces.look(), datetime.now(UTC).timestamp())
 
 
 def _introduction(default: Config) -> tuple[str, ...]:
