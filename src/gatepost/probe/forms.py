@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 Landing = Literal["outside", "ours", "literal", "server", "localhost", "bare"]
 LANDINGS: tuple[Landing, ...] = ("ours", "literal", "server", "localhost", "bare")  # where made-up users are tried
 
+_SENDMAIL_CF = "sendmail.cf of BSD, IDA and SunOS"
 _NMAP = "nmap smtp-open-relay"
 _ABUSE = "abuse.net, mail-abuse.org, rlytest"
 
@@ -116,7 +117,7 @@ FORMS = (
     # ---- bang: UUCP paths are read from the left
     Form("bang-bare", "<{outside}!{user}>", "a UUCP path", _NMAP, "bare"),
     Form("bang-ours", "<{outside}!{user}@{ours}>", "a UUCP path at the local domain", _NMAP, "ours"),
-    Form("caret-ours", "<{outside}^{user}@{ours}>", "a UUCP path, written for shells that take a bang", "sendmail.cf of BSD", "ours"),
+    Form("caret-ours", "<{outside}^{user}@{ours}>", "a UUCP path, for shells that take a bang", _SENDMAIL_CF, "ours"),
     Form("bang-literal", "<{outside}!{user}@{literal}>", "a UUCP path at the server's address", _NMAP, "literal"),
     Form("bang-path", "<{ours}!{outside}!{user}>", "a UUCP path of two hops", "RFC 976", "bare"),
     Form("bang-through-us", "<{ours}!{user}@{outside}>", "the local domain is seen first", "RFC 976"),
