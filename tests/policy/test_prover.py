@@ -16,7 +16,7 @@ from gatepost.policy import prover
 from gatepost.policy.extent import Extent, public_extent
 from gatepost.policy.partition import NOBODY, Partition
 from gatepost.policy.prover import Listener, Proof, openings, prove, replay
-from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Route, TrustEntry, decide
+from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Reread, Route, TrustEntry, decide
 from gatepost.smtp.path import (
     NULL_REVERSE_PATH,
     ForwardPath,
@@ -400,7 +400,7 @@ CONFIGURATIONS = 500
 
 LOCALS = ("example.com", "*.example.com", "example.net", "*.sub.example.net", "[192.0.2.25]", "*.test", "com")
 RIGHTS = ("*", "example.com", "*.example.com", "partner.test", "*.test", "*.partner.test", "[192.0.2.25]", "*.com")
-LEFTS = ("*", "*", "bob", "anna", "postmaster", '"a%b"')
+LEFTS = ("*", "*", "bob", "anna", "postmaster", '"a%b"', "a+b")
 PATTERNS = [Pattern.parse(text) for text in ("*", "<>", "postmaster", *(f"{a}@{b}" for a in LEFTS for b in RIGHTS))]
 NETWORKS = [
     ip_network(text)
@@ -421,6 +421,7 @@ DOMAINS = (
 )  # fmt: skip
 LOCAL_PARTS = (
     "bob", "Bob", "v", "anna", "a%b", "v%x", "b!a", '"a@b"', '"|x"', "postmaster", "=?x?q?y?=", '"*"', "user", "-x",
+    "a+b", "v=x.test", "x/v",
 )  # fmt: skip
 FORWARDS: list[ForwardPath] = []
 for _route in ("", "@x.test:"):
@@ -467,6 +468,9 @@ class Dice:
             recipients_max=choice((0, 100)),
             default_backend=choice(("mail", "mail", "")),
             postmaster_domain=choice(("", "example.com", "example.com", "partner.test")),
+            reread=tuple(
+                Reread(choice(("mail", "mail", "one")), choice(("+", "=", "=+/"))) for _ in range(choice((0, 0, 1, 2)))
+            ),
         )
 
     def trust(self, number: int) -> TrustEntry:

@@ -26,6 +26,7 @@ from gatepost.policy.relay import (
     LocalPattern,
     NetworkTable,
     RelayRules,
+    Reread,
     Route,
     TrustEntry,
     decide,
@@ -148,6 +149,9 @@ def add_rule(rules: RelayRules, line: str) -> RelayRules:
             named = ",".join(text for text in texts.split(",") if text != "local")
             route = Route(where, backend, patterns(named) if named else (), local="local" in texts.split(","))
             return replace(rules, routes=(*rules.routes, route))
+        case "reread":
+            backend, characters = words
+            return replace(rules, reread=(*rules.reread, Reread(backend, characters)))
         case "recipients":
             return replace(rules, recipients_max=int(words[0]))
         case "backend":
@@ -253,7 +257,7 @@ def test_the_tables_name_every_reason_of_the_relay_policy() -> None:
     others = {"other_route", "send_as", "author"}  # the gate's, and those of policy/admission.py
     assert told == {reason.name.lower() for reason in Reason} - others
     shapes = {case.values[0].expected.split()[-1] for case in cases() if " routing " in case.values[0].expected}
-    assert shapes == {shape.name.lower() for shape in Shape if shape.routing}
+    assert shapes == {"reread", *(shape.name.lower() for shape in Shape if shape.routing)}
 
 
 def test_a_verdict_says_why() -> None:

@@ -171,7 +171,7 @@ def chain(
             return steps
     steps.append(f"[domains] local: {_local_text(rules, forward_path)}")
     addressed = relay.with_domain(rules, forward_path)
-    if addressed is None or (relay.local_domain(rules, addressed) is not None and not addressed.shape.routing):
+    if addressed is None or (relay.local_domain(rules, addressed) is not None and not relay.routing(rules, addressed)):
         return steps
     entries = sorted((*relay.withheld(rules, session), *relay.grants(rules, session)), key=[*rules.trust].index)
     for entry in entries:
@@ -192,7 +192,7 @@ def _local_text(rules: RelayRules, forward_path: ForwardPath) -> str:
     if local is None:
         return f"{addressed} is not at a domain of ours"
     ours = f"{addressed} is ours by {local.pattern} ({local.where})"
-    return f"{ours}, but its local-part holds routing characters" if addressed.shape.routing else ours
+    return f"{ours}, but its local-part holds routing characters" if relay.routing(rules, addressed) else ours
 
 
 # --- In words ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from gatepost.facts import Identity, IPAddress, MailboxLogin, Session, Transaction
-from gatepost.policy.relay import IPNetwork, RelayRules, TrustEntry, decide, grants, who, withheld
+from gatepost.policy.relay import IPNetwork, RelayRules, TrustEntry, decide, grants, routing, who, withheld
 from gatepost.smtp.path import AddressLiteral, ForwardPath, Mailbox, NullReversePath, Pattern, Postmaster, Shape
 from gatepost.verdict import Admit, LocalDomain, Reason, Refuse, RelayVerdict
 
@@ -105,7 +105,7 @@ def _in_favour(asked: _Question, verdict: RelayVerdict) -> Iterator[tuple[str, l
         yield verdict.where, [_without_denial(verdict.where)]
     if session.auth_required and session.identity is None:
         yield "", [_logged_in("anybody", "the client had logged in")]
-    if isinstance(asked.forward_path.mailbox, Mailbox) and asked.forward_path.shape.routing:
+    if isinstance(asked.forward_path.mailbox, Mailbox) and routing(rules, asked.forward_path):
         plain = Mailbox("user", asked.forward_path.mailbox.domain)
         yield "", [_sent_to(plain, "the local-part held no routing characters")]
     matching = {entry.where for entry in grants(rules, session)}
@@ -188,8 +188,8 @@ def _against(asked: _Question, verdict: Admit) -> Iterator[tuple[str, list[_Mend
     if isinstance(authority, LocalDomain):
         yield authority.where, [_sent_to(elsewhere, f"the forward-path were not at {authority.pattern}")]
         if isinstance(asked.forward_path.mailbox, Mailbox):
-            routing = ForwardPath(Mailbox(f"user%{_ELSEWHERE}", asked.forward_path.mailbox.domain), Shape.PERCENT)
-            yield "", [_Mend("the local-part held routing characters", lambda q: q._replace(forward_path=routing))]
+            percent = ForwardPath(Mailbox(f"user%{_ELSEWHERE}", asked.forward_path.mailbox.domain), Shape.PERCENT)
+            yield "", [_Mend("the local-part held routing characters", lambda q: q._replace(forward_path=percent))]
         return
     for entry in asked.rules.trust:
         if entry.where != authority.where:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from gatepost.facts import IPAddress
 from gatepost.policy.extent import IPV4_END, IPV6_END, MAPPED, Range, inside, public_parts, range_of
-from gatepost.policy.relay import CLOCK_SLACK_S, RelayRules, expired, local_domain, with_domain
+from gatepost.policy.relay import CLOCK_SLACK_S, RelayRules, expired, local_domain, routing, with_domain
 from gatepost.smtp.path import (
     DOMAIN_OCTETS_MAX,
     NULL_REVERSE_PATH,
@@ -157,6 +157,7 @@ class Partition:
             *(entry.reverse_path for entry in deny if entry.reverse_path is not None),
         ]
         self._names = _Names(rules, leading)
+        self._reread = sorted({character for one in rules.reread for character in one.characters})
         self.forwards = list(self._forward_classes(forward_patterns))
         self.reverses = list(self._reverse_classes(reverse_patterns))
         self.addresses = self._address_classes()
@@ -237,7 +238,7 @@ class Partition:
                 addressed=False,
                 local=False,
                 backend=False,
-                routing=path.shape.routing,
+                routing=bool(routing(rules, path)),
                 named=True,
             )
             return ForwardClass(path, kind, frozenset())
@@ -251,7 +252,7 @@ class Partition:
             addressed=True,
             local=local,
             backend=bool(backend),
-            routing=addressed.shape.routing,
+            routing=bool(routing(rules, addressed)),
             named=self._names.hold(addressed),
         )
         return ForwardClass(path, kind, _found(self._narrowed_to, addressed))
@@ -296,6 +297,10 @@ class Partition:
             kind = found.kind._replace(routing=True)
             for local_part, shape in _routing_forms(named.fresh):
                 yield found._replace(path=ForwardPath(Mailbox(local_part, domain), shape), kind=kind)
+            # What the backend of this domain was found to read as another address is one more shape.
+            for character in self._reread:
+                local_part = f"{named.fresh}{character}{HOP}"
+                yield self.forward_class(ForwardPath(Mailbox(local_part, domain), _plain_shape(domain)))
         for mailbox in named.mailboxes:
             for octets in (mailbox.octets, b"@%b:%b" % (HOP.encode(), mailbox.octets)):
                 path = parse_forward_path(b"<%b>" % octets, smtputf8=True)

@@ -24,6 +24,7 @@ from gatepost.smtp.path import (
     Postmaster,
     ReversePath,
     Shape,
+    may_be_read_with,
     pattern_texts,
 )
 from gatepost.smtp.reply import Reply
@@ -129,12 +130,26 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Reread:
+    """What a backend was found to do with local-parts that every other server takes as they are written.
+
+    Attributes:
+        characters: with one of these in it the backend may read a local-part as another address, as in
+            "user=elsewhere.net@ours".
+    """
+
+    backend: str
+    characters: str
+
+
+@dataclass(frozen=True, slots=True)
 class RelayRules:
     """Everything a relay decision depends on besides the facts.
 
     Attributes:
         default_backend: takes what no route takes; "" where there is none.
         postmaster_domain: where bare <postmaster> goes (RFC 5321 §4.5.1), "" refuses it.
+        reread: what backends were found to read as another address besides what has a routing shape.
         index: the same rules arranged for lookup; a decision costs the same with ten entries and ten thousand.
     """
 
@@ -145,6 +160,7 @@ class RelayRules:
     recipients_max: int = 100
     default_backend: str = ""
     postmaster_domain: str = ""
+    reread: tuple[Reread, ...] = ()
     index: RuleIndex = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -189,14 +205,15 @@ def decide(
     failed = {finding.check for finding in findings if finding.result in (Result.FAIL, Result.TEMPERROR)}
     local = local_domain(rules, addressed)
     authority: LocalDomain | Trust | Refuse | Defer
-    if local is not None and not addressed.shape.routing:
+    routed = routing(rules, addressed)
+    if local is not None and not routed:
         authority = Defer(Reason.RATE, local.where) if MAILBOX_RATE in failed else local
     else:
         authority = _by_trust(rules, transaction, addressed, failed)
     if isinstance(authority, Refuse):
-        if authority.reason is Reason.RELAYING and addressed.shape.routing:
+        if authority.reason is Reason.RELAYING and routed:
             # To a backend that trusts us the address may mean another one: "a%b@ours", "b!a@ours", "@ours:a@b".
-            return Refuse(Reason.ROUTING, detail=addressed.shape.name.lower())
+            return Refuse(Reason.ROUTING, detail=routed)
         return authority
     backend = _backend(rules, addressed, is_local=local is not None)
     if not backend:
@@ -204,6 +221,21 @@ def decide(
     if isinstance(authority, Defer):
         return authority
     return Admit(AdmittedRecipient(addressed, authority, backend))
+
+
+def routing(rules: RelayRules, forward_path: ForwardPath) -> str:
+    """How a backend may read the forward-path as another address: its shape, or "reread"; "" where none may.
+
+    Args:
+        forward_path: with its domain, as ``with_domain`` gives it; one without a domain is read as it stands.
+    """
+    if forward_path.shape.routing:
+        return forward_path.shape.name.lower()
+    if not rules.reread or not isinstance(forward_path.mailbox, Mailbox):
+        return ""
+    backend = _backend(rules, forward_path, is_local=local_domain(rules, forward_path) is not None)
+    characters = rules.index.reread.get(backend, "")
+    return "reread" if characters and may_be_read_with(forward_path.mailbox.local_part, characters) else ""
 
 
 def with_domain(rules: RelayRules, forward_path: ForwardPath) -> ForwardPath | None:
@@ -245,9 +277,10 @@ def _denied_forward_path(
     if addressed is not None and addressed is not named:
         numbers += table.matching(addressed)
     refusal = _first_in_force(rules, numbers, transaction.now)
-    if refusal is None and named.shape.routing and transaction.now < rules.index.forward_paths_denied_until:
+    if refusal is None and transaction.now < rules.index.forward_paths_denied_until:
         # What is denied must not pass under a name that a backend may read as the denied one.
-        refusal = Refuse(Reason.ROUTING, detail=named.shape.name.lower())
+        routed = routing(rules, named)
+        refusal = Refuse(Reason.ROUTING, detail=routed) if routed else None
     return refusal
 
 
@@ -332,11 +365,11 @@ def _by_trust(
     """
     refusal: Refuse | Defer | None = None
     for entry in withheld(rules, transaction.session):
-        if _missing(entry, transaction, forward_path) is None:
+        if _missing(rules, entry, transaction, forward_path) is None:
             refusal = Refuse(Reason.SUSPENDED, entry.where, entry.why)
             break
     for entry in grants(rules, transaction.session):
-        missing = _missing(entry, transaction, forward_path)
+        missing = _missing(rules, entry, transaction, forward_path)
         if missing is None:
             if rate_check(entry.where) not in failed:
                 return Trust(who(entry), entry.why, entry.owner, entry.where)
@@ -351,7 +384,9 @@ def expired(entry: TrustEntry | DenyEntry, now: float) -> bool:
     return entry.expires_at is not None and now >= entry.expires_at
 
 
-def _missing(entry: TrustEntry, transaction: Transaction, forward_path: ForwardPath) -> Refuse | Defer | None:
+def _missing(
+    rules: RelayRules, entry: TrustEntry, transaction: Transaction, forward_path: ForwardPath
+) -> Refuse | Defer | None:
     """Why this grant does not cover the forward-path, whatever its rates."""
     if expired(entry, transaction.now):
         return Refuse(Reason.EXPIRED_TRUST, entry.where, entry.why)
@@ -364,7 +399,7 @@ def _missing(entry: TrustEntry, transaction: Transaction, forward_path: ForwardP
         return Refuse(Reason.NARROWED, entry.where, "reverse_paths")
     # A narrowed grant covers a forward-path only if no backend can read it as another one.
     if entry.forward_texts and (
-        forward_path.shape.routing or entry.forward_texts.isdisjoint(pattern_texts(forward_path))
+        routing(rules, forward_path) or entry.forward_texts.isdisjoint(pattern_texts(forward_path))
     ):
         return Refuse(Reason.NARROWED, entry.where, "forward_paths")
     return None
@@ -377,6 +412,11 @@ def _tls_version(name: str) -> int:
     """Comparable; 0 for plain text and whatever else is no version."""
     name = name.removesuffix(".0")
     return 1 + _TLS_VERSIONS.index(name) if name in _TLS_VERSIONS else 0
+
+
+def sense(entry: TrustEntry) -> str:
+    """What the entry grants to whom, by which its counts are kept: an edit of the file above it forgets nothing."""
+    return f"{who(entry)} {sorted(entry.reverse_texts)} {sorted(entry.forward_texts)}"
 
 
 def who(entry: TrustEntry) -> str:
@@ -496,6 +536,7 @@ class RuleIndex:
         "local_below",
         "local_exact",
         "local_routes",
+        "reread",
         "routes",
         "trust_accounts",
         "trust_certificates",
@@ -551,6 +592,9 @@ class RuleIndex:
                 self.deny_forward_paths.add(deny.forward_path, number)
                 until = float("inf") if deny.expires_at is None else deny.expires_at
                 self.forward_paths_denied_until = max(self.forward_paths_denied_until, until)
+        self.reread: dict[str, str] = {}
+        for one in rules.reread:
+            self.reread[one.backend] = self.reread.get(one.backend, "") + one.characters
         self.routes = PathTable()
         self.local_routes: list[int] = []
         for number, route in enumerate(rules.routes):

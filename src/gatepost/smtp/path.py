@@ -487,9 +487,18 @@ def _hides_another(local_part: str) -> bool:
     """
     if any(not c.isascii() and any(map(str.isascii, unicodedata.normalize("NFKC", c))) for c in local_part):
         return True
+    return _shape_of_text(_bare(local_part).upper()) is not Shape.PLAIN
+
+
+def _bare(local_part: str) -> str:
     text = unicodedata.normalize("NFKD", _IGNORABLE.sub("", local_part)).translate(_BEST_FIT)
-    text = "".join(c for c in text if not unicodedata.combining(c) and not _IGNORABLE.match(c))
-    return _shape_of_text(text.upper()) is not Shape.PLAIN
+    return "".join(c for c in text if not unicodedata.combining(c) and not _IGNORABLE.match(c))
+
+
+def may_be_read_with(local_part: str, characters: str) -> bool:
+    """Whether a local-part holds one of these ASCII characters, or may be left with one where it is converted."""
+    text = local_part if local_part.isascii() else local_part + _bare(local_part)
+    return not set(characters).isdisjoint(text)
 
 
 # --- Patterns of the configuration ------------------------------------------------------------------------------------
