@@ -7,15 +7,19 @@ import contextlib
 import json
 import os
 import pwd
+import smtplib
 import socket
 import threading
 from pathlib import Path
 
 import pytest
 from tests.backend.scripted import Scripted
+from tests.gatehouse import Gate
 from tests.vectors.lenient import LenientBackend
 
 from gatepost import cli, config
+from gatepost.config import settings
+from gatepost.policy.relay import Reread
 
 CONFIG = """\
 [gate]
@@ -158,6 +162,88 @@ def test_what_strangers_may_send_and_is_read_in_another_way_is_bad_news(here, ca
         code, out, _ = typed(capsys, "check", "--backend")
     assert code == 1
     assert "- It takes equals (<user=elsewhere@ours>) for users that nobody is" in out
+    assert ".json. A running gate heeds it after: gatepost reload\n" in out
+
+
+def test_what_a_backend_reads_as_another_address_is_closed_at_the_gate_and_shown_by_the_proof(here, capsys):
+    with scripted(verp) as port:
+        configure(port)
+        typed(capsys, "check", "--backend")
+        assert "gatepost reload" not in typed(capsys, "check", "--backend")[1], "the rules know it already"
+    code, out, _ = typed(capsys, "check")
+    assert code == 0
+    shown = out[out.index("The form equals") :]
+    assert shown.startswith("The form equals: closed at the gate, open at the backend mail:\n")
+    assert "  C: RCPT TO:<user=elsewhere.invalid@example.com>\n  S: 550 5.7.1 Relaying is prohibited" in shown
+    assert "  the backend to the gate: 250 2.1.5 Ok\n" in shown
+    assert "  who may send it: network 10.1.0.0/16 (gatepost.toml:11)\n" in shown
+    assert "\nPROVEN: nobody else may send elsewhere;" in shown
+    assert 'gatepost.toml:9: [backend.mail]: it was found to read local-parts with "=" as another address' in out
+    proof = json.loads(typed(capsys, "check", "--json")[1])["proof"]
+    assert proof["proven"]
+    assert [(one["form"], one["closed"]) for one in proof["backends"]] == [("equals", True)]
+    said = ("--client", "198.51.100.7", "--reverse-path", "a@x.test", "--forward-path", "v=e.test@example.com")
+    code, out, _ = typed(capsys, "explain", *said)
+    assert code == 1
+    assert "a backend may read the local-part as another address (reread)" in out
+
+
+def test_a_gate_that_let_it_through_would_not_be_proven(here, capsys, monkeypatch):
+    with scripted(verp) as port:
+        configure(port)
+        typed(capsys, "check", "--backend")
+    monkeypatch.setattr(settings, "_reread", lambda *_: ())
+    code, out, _ = typed(capsys, "check")
+    assert code == 1
+    assert "The form equals: OPEN AT THE GATE, open at the backend mail:\n" in out
+    assert "  S: 250 2.1.5 Recipient OK\n" in out
+    assert out.endswith("NOT PROVEN: strangers may send what a backend reads as another address\n")
+    assert "PROVEN: nobody" not in out
+
+
+def test_answers_that_cannot_be_read_are_taken_for_the_worst(here, capsys):
+    with scripted(strict) as port:
+        configure(port)
+        typed(capsys, "check", "--backend")
+    assert config.load_file("gatepost.toml").gate.rules.reread == ()
+    (here / "data" / "dialect" / "mail.json").write_text("{")
+    loaded = config.load_file("gatepost.toml")
+    assert loaded.gate.rules.reread == (Reread("mail", "=+/"),)
+    assert any("strangers' local-parts with one of = + / are refused" in warning for warning in loaded.warnings)
+    assert typed(capsys, "check")[0] == 0
+
+
+def test_a_backend_that_mended_its_ways_is_served_again(here, capsys):
+    with scripted(verp) as port:
+        configure(port)
+        typed(capsys, "check", "--backend")
+    assert config.load_file("gatepost.toml").gate.rules.reread == (Reread("mail", "="),)
+    with scripted(strict) as port:
+        configure(port)
+        assert "gatepost reload" in typed(capsys, "check", "--backend")[1]
+    assert config.load_file("gatepost.toml").gate.rules.reread == ()
+
+
+def test_a_running_gate_closes_what_its_backend_was_found_to_read(tmp_path, capsys):
+    with scripted(verp) as port:
+        text = CONFIG.format(f"127.0.0.1:{port}").replace("127.0.0.1:2525", "127.0.0.1:0")
+        with Gate(tmp_path, text + '[console]\naddress = "127.0.0.1:0"\n') as gate:
+
+            def reply_to(recipient):
+                with smtplib.SMTP("127.0.0.1", gate.port, timeout=30) as client:
+                    client.ehlo("stranger.test")
+                    client.mail("a@stranger.test")
+                    code, said = client.rcpt(recipient)
+                    return code, said.decode()
+
+            assert reply_to("victim=elsewhere.test@example.com")[0] == 250, "as long as nobody has asked"
+            assert typed(capsys, "check", "--backend", "--config", str(gate.config))[0] == 1
+            gate.reload()
+            gate.wait_for_line(lambda line: "is in force" in line, 30)
+            code, said = reply_to("victim=elsewhere.test@example.com")
+            assert code == 550
+            assert said.startswith("5.7.1 Relaying is prohibited: the address holds routing characters")
+            assert reply_to("postmaster@example.com")[0] == 250
 
 
 def test_json_has_the_profile_and_what_it_means(here, capsys):

@@ -20,7 +20,8 @@ from gatepost.backend.dialect import (
     Dialect,
     Heard,
 )
-from gatepost.config import dialects
+from gatepost.config import dialects, settings
+from gatepost.policy.relay import Reread
 
 NOW = 1_795_650_000.0
 HEAD = """\
@@ -77,6 +78,31 @@ def test_accept_all_is_a_warning_that_says_what_happens_and_what_to_do():
     assert accept_all.warning
     assert "backscatter" in accept_all.sentence
     assert "local_recipient_maps" in accept_all.sentence
+
+
+def test_what_a_backend_that_takes_everybody_makes_of_plain_forms_is_said_to_be_unknown():
+    sentence = told(answered({*EVERYBODY, "plus", "percent"}))["strangers-cannot-be-told"].sentence
+    assert sentence.startswith("Whether it reads plus (<user+elsewhere@ours>) as another address cannot be told,")
+    assert "strangers-cannot-be-told" not in told(answered({"plus"}))
+
+
+@pytest.mark.parametrize("listen", ['role = "mx"', 'role = "submission"', 'role = "mx"\ntls = "implicit"'])
+def test_a_form_is_put_to_the_policy_as_a_stranger_by_whatever_listener_there_is(listen):
+    text = HEAD.replace('name = "mx"\naddress', f'name = "mx"\n{listen}\naddress') + '[auth]\nverify = ["accounts"]\n'
+    gate = config.load(text.encode(), "gatepost.toml", now=NOW).gate
+    found = answered({"equals", "slash", "percent"})
+    listeners = settings.smtp_listeners(gate.listens)
+    open_ones = dialects.readings([found], gate.rules, listeners, NOW)
+    assert [one.form for one in open_ones] == ["equals", "slash"], "the shapes that route are no news"
+    assert {one.closed for one in open_ones} == {"submission" in listen}
+    known = replace(gate.rules, reread=(Reread("mail", "=/"),))
+    for one in dialects.readings([found], known, listeners, NOW):
+        assert one.closed
+        assert one.exchanges[-1].command in (
+            "RCPT TO:<user=elsewhere.invalid@example.com>",
+            "RCPT TO:<elsewhere.invalid/user@example.com>",
+        )
+        assert one.exchanges[-1].reply.startswith("5")
 
 
 def test_what_was_not_answered_is_said_to_be_unknown():

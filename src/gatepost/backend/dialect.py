@@ -54,11 +54,13 @@ class Form:
         id: its name in tables and files.
         pattern: the path; {user} stands for a local-part that nobody has, {elsewhere} and {ours} for domains.
         lands_here: read as RFC 5321 says, it is a mailbox of the local domain.
+        character: by which a local-part of this form is known, where the form is plain to the gate.
     """
 
     id: str
     pattern: str
     lands_here: bool = True
+    character: str = ""
 
     def fill(self, user: str, ours: str, elsewhere: str = ELSEWHERE) -> str:
         """The path."""
@@ -96,10 +98,11 @@ FORMS = (
     Form("quoted at, no domain", '<"{user}@{elsewhere}">', lands_here=False),
     Form("encapsulated", "<IMCEASMTP-{user}+40{elsewhere}@{ours}>"),
     Form("caret", "<{elsewhere}^{user}@{ours}>"),
-    Form("equals", "<{user}={elsewhere}@{ours}>"),
-    Form("plus", "<{user}+{elsewhere}@{ours}>"),
-    Form("slash", "<{elsewhere}/{user}@{ours}>"),
+    Form("equals", "<{user}={elsewhere}@{ours}>", character="="),
+    Form("plus", "<{user}+{elsewhere}@{ours}>", character="+"),
+    Form("slash", "<{elsewhere}/{user}@{ours}>", character="/"),
 )
+CHARACTERS = "".join(form.character for form in FORMS)
 QUESTIONS = (*CONTROLS, *FORMS)
 
 # What besides CRLF "." CRLF some servers take for the end of content.  RFC 5321 §4.1.1.4 knows no other.
@@ -186,17 +189,15 @@ class Dialect:
 
     @property
     def open_to_strangers(self) -> tuple[Form, ...]:
-        """The forms that it reads as another address and that the gate lets strangers send: each of them is a hole."""
+        """The forms that it reads as another address and that are plain to every other server: each of them is a hole.
+
+        The relay policy closes it by the form's ``character``.
+        """
         return tuple(
             form
             for form in FORMS
             if form.shape is not None and not form.shape.routing and self.rereads(form) is Answer.TAKEN
         )
-
-    @property
-    def reread_shapes(self) -> frozenset[Shape]:
-        """The shapes among what it reads as another address, as the relay policy knows them."""
-        return frozenset(form.shape for form in FORMS if form.shape is not None and self.rereads(form) is Answer.TAKEN)
 
 
 def can_be_asked(settings: BackendSettings) -> bool:

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from gatepost import config
 from gatepost.cli import BAD_NEWS, DONE, dialect, trust
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
-from gatepost.config import exposure, sentences, settings, surroundings
+from gatepost.config import dialects, exposure, sentences, settings, surroundings
 from gatepost.config.document import Document
 from gatepost.errors import ConfigError, GatepostError
 from gatepost.gate import interfaces
@@ -52,9 +52,9 @@ def check(
 
     Every problem is told at once, with file, line and mend; where strangers may relay, the shortest dialogue by which
     they do. With --backend it asks the mail servers behind the gate instead, and keeps what they answer for later
-    checks. Exit code: 0 it loads, and what a backend answers is well; 1 it is an open relay and does not say that it
-    means to be one, or a backend answers what calls for something to be done; 2 it does not load for other reasons, or
-    a backend cannot be asked.
+    checks and for the gate, which refuses strangers what a backend reads as another address. Exit code: 0 it loads,
+    and what a backend answers is well; 1 strangers may relay and the file does not say that it means that, or a backend
+    answers what calls for something to be done; 2 it does not load for other reasons, or a backend cannot be asked.
     """
     path = config.find(config_path)
     if backend is not None:
@@ -67,11 +67,14 @@ def check(
     document = Document(octets, path or config.EMBEDDED_DEFAULT_NAME)
     gate = settings.build(document, now, refuse_open=False)
     settings.console_address(document)
-    proof = sentences.proof_facts(settings.prove(document, gate, now), gate.rules, now)
+    readings = dialects.readings(
+        dialect.recalled(gate.data, gate.backends), gate.rules, settings.smtp_listeners(gate.listens), now
+    )
+    proof = sentences.proof_facts(settings.prove(document, gate, now), gate.rules, now, readings)
     try:
         loaded = config.load_file(path)
     except ConfigError as error:
-        if document.problems or proof["proven"]:
+        if document.problems or not proof["openings"]:
             raise
         return _refused(document.path, error.problems, proof, as_json=as_json)
     facts = sentences.summary(loaded, now)
@@ -88,7 +91,7 @@ def check(
     else:
         say(sentences.text(facts) + dialect.kept_text(facts["dialects"]))
         _tell(proof)
-    return DONE
+    return DONE if proof["proven"] or loaded.gate.open_relay else BAD_NEWS
 
 
 def _refused(path: str, problems: Sequence[str], proof: dict[str, Any], *, as_json: bool) -> int:

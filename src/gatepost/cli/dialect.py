@@ -80,6 +80,17 @@ def kept(loaded: Config) -> list[dict[str, Any]]:
     return out
 
 
+def recalled(data: str, backends: Iterable[BackendSettings]) -> list[Dialect]:
+    """What backends answered, as far as it is kept and can be read; what cannot is told by ``kept``."""
+    out = []
+    for settings in backends:
+        with contextlib.suppress(StorageError):
+            found = profile.recall(profile.path_of(data, settings.name))
+            if found is not None:
+                out.append(found)
+    return out
+
+
 def kept_text(answers: Iterable[dict[str, Any]]) -> str:
     """The same for a person; "" where there is nothing to say."""
     lines = [f"  {one['heading']}: {sentence}" for one in answers for sentence in one["sentences"]]
@@ -141,8 +152,17 @@ def _outcome(
             say(not_kept, "yellow")
     else:
         if not quiet:
-            say(f"Kept as {outcome['kept']}.")
+            say(f"Kept as {outcome['kept']}." + (_TAKES_EFFECT if _changes(loaded, found) else ""))
     return outcome
+
+
+_TAKES_EFFECT = " A running gate heeds it after: gatepost reload"
+
+
+def _changes(loaded: Config, found: Dialect) -> bool:
+    """Whether the gate refuses strangers more or less than before this was known."""
+    before = loaded.gate.rules.index.reread.get(found.backend, "")
+    return set(before) != {form.character for form in found.open_to_strangers}
 
 
 def _asked(

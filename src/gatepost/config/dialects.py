@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from gatepost.backend.dialect import ELSEWHERE, FOREIGN, FORMS, NOBODY, POSTMASTER, Answer, Dialect, Form
 from gatepost.config.values import size_text
-from gatepost.policy import relay
+from gatepost.policy import prover, relay
+from gatepost.policy.prover import Exchange, Listener
 from gatepost.policy.relay import RelayRules
-from gatepost.smtp.path import ForwardPath, Mailbox, Shape
+from gatepost.smtp.path import ForwardPath, Mailbox, PathDefect, Shape, parse_forward_path
 
 
 class Finding(NamedTuple):
@@ -30,6 +31,54 @@ class Finding(NamedTuple):
     kind: str
     sentence: str
     warning: bool = False
+
+
+class Reading(NamedTuple):
+    """A forward-path that a backend reads as another address, though it is plain to every other server.
+
+    Attributes:
+        form: its name; asked, said: what the backend was asked for, and its answer.
+        exchanges: what a stranger hears who says the same to the gate now.
+        closed: the gate refuses it to strangers.
+        passing: the grants under which it passes.
+    """
+
+    backend: str
+    form: str
+    asked: str
+    said: str
+    exchanges: tuple[Exchange, ...]
+    closed: bool
+    passing: tuple[str, ...]
+
+
+def readings(
+    dialects: Iterable[Dialect], rules: RelayRules, listeners: tuple[Listener, ...], now: float
+) -> list[Reading]:
+    """What backends were found to read as another address and no shape tells, each put to the policy as a stranger.
+
+    Args:
+        now: seconds since the epoch, for grants that have expired.
+    """
+    found = []
+    for dialect in dialects:
+        ours = local_domain(rules, dialect.backend) or dialect.local_domain
+        for form in dialect.open_to_strangers:
+            path = parse_forward_path(form.fill("user", ours).encode(), smtputf8=False)
+            heard = next(heard for heard in dialect.heard if heard.id == form.id)
+            exchanges = () if isinstance(path, PathDefect) else prover.heard_by_stranger(rules, listeners, path, now)
+            found.append(
+                Reading(
+                    backend=dialect.backend,
+                    form=form.id,
+                    asked=heard.asked,
+                    said=heard.said,
+                    exchanges=exchanges,
+                    closed=bool(exchanges) and not exchanges[-1].reply.startswith("2"),
+                    passing=tuple(passing(rules, now)),
+                )
+            )
+    return found
 
 
 def local_domain(rules: RelayRules, backend: str) -> str:
@@ -55,6 +104,7 @@ def findings(dialect: Dialect, rules: RelayRules, now: float) -> list[Finding]:
         *_unknown_users(dialect),
         *_foreign(dialect),
         *_reread(dialect, rules, now),
+        *_plain(dialect),
         *_postmaster(dialect),
         *_unanswered(dialect),
         *_ends(dialect),
@@ -80,9 +130,11 @@ def _holes(dialect: Dialect) -> Iterable[Finding]:
     if dialect.open_to_strangers:
         yield Finding(
             "open-to-strangers",
-            f"It takes {_names(dialect.open_to_strangers)} for users that nobody is, and to the gate these are ordinary"
-            " local-parts, which strangers may send. Its log tells which address it makes of them: if that is another"
-            " domain's, strangers relay through it. Let it stop that, and ask again.",
+            f"It takes {_names(dialect.open_to_strangers)} for users that nobody is, which are ordinary local-parts to"
+            " every other server. Its log tells which address it makes of them: if that is another domain's, whoever"
+            " may send them relays through it. So the gate refuses strangers every local-part with"
+            f" {characters_text(dialect)} at its domains, the ordinary ones among them. Let it stop that, and ask"
+            " again.",
             warning=True,
         )
 
@@ -143,7 +195,7 @@ def _reread(dialect: Dialect, rules: RelayRules, now: float) -> Iterable[Finding
     reread = [form for form in shut if dialect.rereads(form) is Answer.TAKEN]
     passed = [form for form in reread if _sent(form)]
     kept = [form for form in reread if not _sent(form)]
-    doubtful = [form for form in shut if dialect.answer(form) is Answer.TAKEN and form not in reread and _sent(form)]
+    doubtful = [form for form in shut if _undecided(dialect, form) and _sent(form)]
     if passed:
         yield _routing(
             "would-be-relayed",
@@ -163,6 +215,22 @@ def _reread(dialect: Dialect, rules: RelayRules, now: float) -> Iterable[Finding
         yield Finding("never-sent", f"It takes {_names(kept)}: the gate never sends these, for anybody.")
     if not reread and not doubtful and dialect.accept_all is Answer.REFUSED:
         yield Finding("reads-as-written", "It takes none of the forms by which servers are made to relay.")
+
+
+def _plain(dialect: Dialect) -> Iterable[Finding]:
+    """What passes strangers, as it is plain to every other server."""
+    doubtful = [form for form in FORMS if form.character and _undecided(dialect, form)]
+    if doubtful:
+        yield Finding(
+            "strangers-cannot-be-told",
+            f"Whether it reads {_names(doubtful)} as another address cannot be told, for it takes every user, and"
+            " strangers may send these: its log tells which address it makes of them.",
+        )
+
+
+def _undecided(dialect: Dialect, form: Form) -> bool:
+    """Whether it takes this form, and nobody can tell for what."""
+    return dialect.answer(form) is Answer.TAKEN and dialect.rereads(form) is not Answer.TAKEN
 
 
 def _sent(form: Form) -> bool:
@@ -241,6 +309,11 @@ def _capabilities(dialect: Dialect) -> Iterable[Finding]:
         yield Finding("capability-size", f"It takes messages up to {size}: the gate offers no more.")
     else:
         yield Finding("capability-size", "It names no SIZE: [limits] message_size alone bounds a message.")
+
+
+def characters_text(dialect: Dialect) -> str:
+    """What a local-part must not hold, as in "=" or "+"."""
+    return " or ".join(f'"{form.character}"' for form in dialect.open_to_strangers)
 
 
 def _names(forms: Iterable[Form]) -> str:

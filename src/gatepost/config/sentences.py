@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gatepost.config import Config
+from gatepost.config.dialects import Reading
 from gatepost.config.settings import takes_logins
 from gatepost.config.values import address_text, backend_address_text, duration_text
 from gatepost.gate.settings import ListenSettings
@@ -123,10 +124,15 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def proof_facts(proof: Proof, rules: RelayRules, now: float) -> dict[str, Any]:
-    """What was proven, or how strangers relay; the dialogue is the shortest, as the engine answers it."""
+def proof_facts(proof: Proof, rules: RelayRules, now: float, readings: Iterable[Reading] = ()) -> dict[str, Any]:
+    """What was proven, or how strangers relay; the dialogue is the shortest, as the engine answers it.
+
+    Args:
+        readings: what backends read as another address; where the gate lets strangers send it, nothing is proven.
+    """
+    read = list(readings)
     return {
-        "proven": proof.proven,
+        "proven": proof.proven and all(reading.closed for reading in read),
         "decisions": proof.decisions,
         "clients": proof.standings,
         "reverse_paths": proof.reverse_paths,
@@ -140,7 +146,13 @@ def proof_facts(proof: Proof, rules: RelayRules, now: float) -> dict[str, Any]:
             for opening in proof.openings
         ],
         "dialogue": None if proof.shortest is None else _dialogue_facts(proof.shortest, proof.opened, now),
+        "backends": [_reading_facts(reading) for reading in read],
     }
+
+
+def _reading_facts(reading: Reading) -> dict[str, Any]:
+    exchanges = [exchange._asdict() for exchange in reading.exchanges]
+    return {**reading._asdict(), "exchanges": exchanges, "passing": list(reading.passing)}
 
 
 def _dialogue_facts(dialogue: Dialogue, rules: RelayRules, now: float) -> dict[str, Any]:
@@ -159,15 +171,38 @@ def proof_text(facts: dict[str, Any]) -> str:
         f"{facts['decisions']:,} decisions on every kind of client ({facts['clients']:,}), reverse-path "
         f"({facts['reverse_paths']:,}) and forward-path ({facts['forward_paths']:,}) that these rules can tell apart"
     )
+    read = [_reading_text(reading) for reading in facts["backends"]]
     dialogue = facts["dialogue"]
     if dialogue is None:
-        return f"PROVEN: nobody else may send elsewhere; {kinds}"
+        proven = f"PROVEN: nobody else may send elsewhere; {kinds}"
+        return "\n\n".join([*read, proven if facts["proven"] else _OPEN_BEHIND])
     under = f", under {dialogue['tls']}" if dialogue["tls"] else ""
     through = f"through the listener {dialogue['listen']} ({dialogue['where']}){under}"
     lines = [f"OPEN RELAY: a stranger at {dialogue['client']} sends anywhere {through}:", ""]
-    for exchange in dialogue["exchanges"]:
-        lines += [f"  C: {exchange['command']}", f"  S: {exchange['reply']}"]
+    lines += _exchanged(dialogue["exchanges"])
+    return "\n".join([*(f"{text}\n" for text in read), *lines])
+
+
+_OPEN_BEHIND = "NOT PROVEN: strangers may send what a backend reads as another address"
+
+
+def _reading_text(facts: dict[str, Any]) -> str:
+    state = "closed at the gate" if facts["closed"] else "OPEN AT THE GATE"
+    asked = f"  the gate to the backend {facts['backend']}: RCPT TO:{facts['asked']}"
+    lines = [
+        f"The form {facts['form']}: {state}, open at the backend {facts['backend']}:",
+        "",
+        *_exchanged(facts["exchanges"]),
+        asked,
+        f"  the backend to the gate: {facts['said']}",
+    ]
+    if facts["passing"]:
+        lines.append(f"  who may send it: {'; '.join(facts['passing'])}")
     return "\n".join(lines)
+
+
+def _exchanged(exchanges: Iterable[dict[str, str]]) -> list[str]:
+    return [line for one in exchanges for line in (f"  C: {one['command']}", f"  S: {one['reply']}")]
 
 
 def _logins_taken(facts: dict[str, Any]) -> bool:

@@ -20,12 +20,14 @@ from typing import cast
 from urllib.parse import urlsplit
 
 from gatepost.auth.settings import AuthSettings, DovecotServer, LdapServer, LoginServer, OauthIssuer
+from gatepost.backend import dialect, profile
 from gatepost.backend.settings import BackendAddress, BackendSettings, EmbeddedMailboxes, LmtpSocket, SmtpAddress
-from gatepost.config import exposure, schema
+from gatepost.config import dialects, exposure, schema
 from gatepost.config.document import Document
 from gatepost.config.places import Path as Place
 from gatepost.config.values import ANY_IPV4, address_text, domain, login_form
 from gatepost.counters.guesses import GuessLimits
+from gatepost.errors import StorageError
 from gatepost.facts import IPAddress, client_address
 from gatepost.gate.settings import (
     CertificateFiles,
@@ -39,7 +41,7 @@ from gatepost.gate.settings import (
 from gatepost.policy import prover
 from gatepost.policy.admission import SendAsEntry, SendAsRules
 from gatepost.policy.prover import Listener, Proof
-from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Route, TrustEntry
+from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Reread, Route, TrustEntry
 from gatepost.smtp.path import Pattern
 
 _DEFAULT_AUTH = {"mx": "off", "submission": "required", "inside": "offered"}
@@ -62,7 +64,7 @@ def build(document: Document, now: float, *, refuse_open: bool = True) -> GateSe
     listens = _listens(document)
     workers = gate.workers or len(os.sched_getaffinity(0))
     backends = _backends(document, listens, name, data, workers)
-    rules = _rules(document, limits.recipients_per_message, now)
+    rules = _rules(document, limits.recipients_per_message, _reread(document, data, backends), now)
     auth = _auth(document, data, name)
     _refuse_lost_references(document)
     _judge_logins(document, listens, rules)
@@ -598,7 +600,34 @@ def _routes(document: Document) -> tuple[Route, ...]:
 # --- Relay rules ------------------------------------------------------------------------------------------------------
 
 
-def _rules(document: Document, recipients_max: int, now: float) -> RelayRules:
+def _reread(document: Document, data: str, backends: Iterable[BackendSettings]) -> tuple[Reread, ...]:
+    """What backends were found to read as another address when they were asked, if they ever were.
+
+    Answers that are there and cannot be read are taken for the worst.
+    """
+    out = []
+    for backend in backends:
+        try:
+            found = profile.recall(profile.path_of(data, backend.name))
+        except StorageError as error:
+            document.warning(
+                ("backend", backend.name),
+                f"{error}; until it can be read, strangers' local-parts with one of {' '.join(dialect.CHARACTERS)} are "
+                "refused, for the backend might read them as another address",
+            )
+            out.append(Reread(backend.name, dialect.CHARACTERS))
+            continue
+        if found is not None and found.open_to_strangers:
+            document.warning(
+                ("backend", backend.name),
+                f"it was found to read local-parts with {dialects.characters_text(found)} as another address: the gate "
+                "refuses strangers such; let it stop that, then: gatepost check --backend",
+            )
+            out.append(Reread(backend.name, "".join(form.character for form in found.open_to_strangers)))
+    return tuple(out)
+
+
+def _rules(document: Document, recipients_max: int, reread: tuple[Reread, ...], now: float) -> RelayRules:
     backends = document.names["backend"]
     local = _local(document)
     return RelayRules(
@@ -609,6 +638,7 @@ def _rules(document: Document, recipients_max: int, now: float) -> RelayRules:
         recipients_max=recipients_max,
         default_backend=backends[0] if backends else "",
         postmaster_domain=next((entry.pattern for entry in local if entry.pattern[0] not in "*["), ""),
+        reread=reread,
     )
 
 

@@ -315,6 +315,11 @@ class _Prover:
                     if self.rules.trust[n].where in wheres:
                         yield Opening("listen", n, sentence, self._dialogue(session, escapes, listener))
 
+    def stranger_says(self, listener: Listener, tls: str, forward_path: ForwardPath) -> Dialogue:
+        """What somebody types here whom no rule knows."""
+        client = self._stranger.client.address
+        return Dialogue(client, listener, tls, self._hello, NULL_REVERSE_PATH, forward_path)
+
     def _at(self, listener: Listener) -> Session:
         return self._stranger._replace(listen=listener.name, role=listener.role, auth_required=listener.auth_required)
 
@@ -424,6 +429,23 @@ class Exchange(NamedTuple):
 
     command: str
     reply: str
+
+
+def heard_by_stranger(
+    rules: RelayRules, listeners: tuple[Listener, ...], forward_path: ForwardPath, now: float
+) -> tuple[Exchange, ...]:
+    """What somebody whom no rule knows hears for this forward-path, where strangers get furthest.
+
+    Returns:
+        Nothing where there is no listener.
+    """
+    prover = _Prover(rules, listeners, now)
+    # Plain text where there is some, for the dialogue is shorter; where strangers come, and no login is demanded.
+    reached = sorted(listeners, key=lambda one: (one.auth_required, not one.strangers, not one.speaks("")))
+    if not reached:
+        return ()
+    tls = "" if reached[0].speaks("") else TLS_VERSIONS[-1]
+    return replay(rules, prover.stranger_says(reached[0], tls, forward_path), now)
 
 
 _OFFERED = frozenset({"SMTPUTF8", "STARTTLS"})
