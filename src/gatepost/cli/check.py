@@ -83,7 +83,7 @@ def check(
         *exposure.without_owner(gate.rules, now),
         *surroundings.look(loaded),
         *surroundings.around(loaded, interfaces.look(), now),
-        *trust.warnings(loaded),
+        *trust.warnings(loaded, now),
     ]
     facts["dialects"] = dialect.kept(loaded)
     if as_json:

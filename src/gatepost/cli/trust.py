@@ -1,9 +1,9 @@
-"""``gatepost trust list`` and ``resume``: trusted addresses behind which strangers were seen, and the end of it."""
+"""``gatepost trust list`` and ``resume``: trusted addresses behind which strangers were seen, and the use of grants."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from cyclopts import App, Parameter
 
@@ -11,9 +11,12 @@ from gatepost import config
 from gatepost.cli import BAD_NEWS, DONE, records
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.config import Config
-from gatepost.counters import Source, Sources, Suspension
+from gatepost.counters import Source, Sources, Suspension, Use, Uses
 from gatepost.errors import StorageError
 from gatepost.facts import client_address
+from gatepost.gate.uses import unused
+from gatepost.policy import relay
+from gatepost.policy.relay import TrustEntry
 
 Named = Annotated[str, Parameter(help="The address, or the name of the listener, as `gatepost trust list` shows it.")]
 
@@ -26,21 +29,27 @@ trust = App(
 
 @trust.command(name="list")
 def list_(*, config_path: ConfigOption = None, as_json: JsonOption = False) -> int:
-    """List what is suspended, each with the evidence.
+    """List what is suspended, each with the evidence, and when each [[trust]] entry last let mail through.
 
     Exit code: 0 nothing is suspended, 1 something is, 2 it cannot be read.
     """
-    found = _suspensions(config.load_file(config.find(config_path)))
+    known = _known(config.load_file(config.find(config_path)), _now_s())
     if as_json:
-        say_json({"suspended": [_object(one) for one in found]})
-    elif not found:
+        uses = [_use_object(entry, use) for entry, use in known.uses]
+        say_json({"suspended": [_object(one) for one in known.suspensions], "uses": uses})
+        return BAD_NEWS if known.suspensions else DONE
+    if not known.suspensions:
         say("no trust is suspended")
-    else:
-        for one in found:
-            say(f"{one.source} since {_moment(one.since_s)}", "bold red")
-            for sentence in one.why:
-                say(f"  {sentence}")
-    return BAD_NEWS if found else DONE
+    for one in known.suspensions:
+        say(f"{one.source} since {_moment(one.since_s)}", "bold red")
+        for sentence in one.why:
+            say(f"  {sentence}")
+    if known.uses:
+        say("\nlast used, to within an hour")
+    for entry, use in known.uses:
+        when = f"not since {_moment(use.watched_s)}" if use.used_s is None else _moment(use.used_s)
+        say(f"  {relay.who(entry)} ({entry.where}): {when}")
+    return BAD_NEWS if known.suspensions else DONE
 
 
 @trust.command
@@ -63,22 +72,40 @@ def resume(source: Named, /, *, config_path: ConfigOption = None, as_json: JsonO
     return DONE if resumed else BAD_NEWS
 
 
-def warnings(loaded: Config) -> list[str]:
-    """What is suspended at the configuration's gate, for ``gatepost check``."""
+def warnings(loaded: Config, now_s: float) -> list[str]:
+    """What is suspended at the configuration's gate, and what nobody uses, for ``gatepost check``."""
     try:
-        found = _suspensions(loaded)
+        known = _known(loaded, now_s)
     except StorageError as error:
-        return [f"whether any trust is suspended cannot be told: {error}"]
-    return [
+        return [f"whether any trust is suspended cannot be told, nor which is unused: {error}"]
+    suspended = [
         f"the trust in {one.source} is suspended since {_moment(one.since_s)}: {'; '.join(one.why)}; mend what hides "
         f"its clients (docs/howto/addresses.md), then: gatepost trust resume {one.source}"
-        for one in found
+        for one in known.suspensions
     ]
+    return [*suspended, *known.unused]
 
 
-def _suspensions(loaded: Config) -> list[Suspension]:
+class _Known(NamedTuple):
+    """What the gate remembers of its grants.
+
+    Attributes:
+        uses: of the entries that are watched, in the order of the file; unused: the warnings.
+    """
+
+    suspensions: list[Suspension]
+    uses: list[tuple[TrustEntry, Use]]
+    unused: list[str]
+
+
+def _known(loaded: Config, now_s: float) -> _Known:
     with records.opened(loaded, make=False) as store:
-        return [] if store is None else Sources(store).suspensions(_now_s())
+        if store is None:
+            return _Known([], [], [])
+        rules, uses = loaded.gate.rules, Uses(store)
+        found = zip(rules.trust, uses.of(map(relay.sense, rules.trust), now_s), strict=True)
+        watched = [(entry, use) for entry, use in found if use is not None]
+        return _Known(Sources(store).suspensions(now_s), watched, unused(rules, uses, now_s))
 
 
 def _source(written: str) -> Source:
@@ -99,3 +126,10 @@ def _moment(at_s: float) -> str:
 def _object(one: Suspension) -> dict[str, object]:
     since = datetime.fromtimestamp(one.since_s, UTC).isoformat(timespec="seconds")
     return {"source": str(one.source), "since": since, "evidence": list(one.why)}
+
+
+def _use_object(entry: TrustEntry, use: Use) -> dict[str, object]:
+    watched, used = (
+        None if at_s is None else datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds") for at_s in use
+    )
+    return {"who": relay.who(entry), "where": entry.where, "watched_since": watched, "last_used": used}

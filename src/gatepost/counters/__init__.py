@@ -1,4 +1,4 @@
-"""What all workers of one gate remember together and may lose: rates, guesses, bans, logins, evidence of lost sources.
+"""What all workers of one gate remember together and may lose: rates, guesses, bans, logins, lost sources, used grants.
 
 Why: a guesser who meets another worker with each connection must not begin anew, and an operator wants to see and end a
     ban from another process.  ``hourly`` counts what is looked at for each recipient, without a lock; everything else
@@ -16,6 +16,7 @@ from gatepost.counters.freshness import Freshness
 from gatepost.counters.guesses import Guesses, GuessLimits, Look
 from gatepost.counters.hourly import WINDOW_S, HourlyCounts
 from gatepost.counters.store import MemoryStore, Store
+from gatepost.counters.uses import Use, Uses
 from gatepost.counters.windows import MailboxWindows
 
 __all__ = [
@@ -35,5 +36,7 @@ __all__ = [
     "Sources",
     "Store",
     "Suspension",
+    "Use",
+    "Uses",
     "state_directory",
 ]

@@ -28,6 +28,7 @@ GOOD_ADDRESS, GOOD_PAIR = b"g", b"h"  # good logins: from an address; of a user,
 BAN, ACCOUNT_BAN, LENGTHS = b"b", b"x", b"l"  # of a client; of a client with one account; prefix lengths in use
 LOGIN, LAST_GOOD = b"m", b"f"  # to the mailbox server, from an address; the mark of a user's last good secret
 EVIDENCE, SUSPENSION, RESUMED = b"e", b"s", b"r"  # of a trusted source: what was seen, until when it is not trusted
+USE = b"t"  # of a grant: since when it is watched, and when it let mail through last
 KINDS = (
     PAIR,
     USER,
@@ -42,6 +43,7 @@ KINDS = (
     EVIDENCE,
     SUSPENSION,
     RESUMED,
+    USE,
 )
 
 

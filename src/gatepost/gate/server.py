@@ -36,6 +36,7 @@ from gatepost.counters import (
     HourlyCounts,
     MailboxWindows,
     Store,
+    Uses,
     state_directory,
 )
 from gatepost.errors import StorageError
@@ -51,8 +52,9 @@ from gatepost.gate.settings import GateSettings, Limits, ListenSettings
 from gatepost.gate.sources import Sources
 from gatepost.gate.tls import AskingContext, Tls, TlsContext
 from gatepost.gate.trace import Dates, TraceKey
+from gatepost.gate.uses import unused
 from gatepost.policy import relay
-from gatepost.policy.relay import NetworkTable
+from gatepost.policy.relay import NetworkTable, RelayRules
 from gatepost.resolver import HostFollower
 from gatepost.smtp.client import Capabilities
 from gatepost.smtp.content import ContentLimits
@@ -279,15 +281,16 @@ class Listener:
 class Rates:
     """What is used up in this hour, as findings for the relay policy; and the counting of what was admitted."""
 
-    def __init__(self, counts: HourlyCounts, settings: GateSettings) -> None:
+    def __init__(self, counts: HourlyCounts, uses: Uses, settings: GateSettings) -> None:
         self._counts = counts
+        self._uses = uses
         self._rules = settings.rules
         self._per_mailbox = settings.limits.messages_per_hour_per_mailbox
-        # By what the entry says and not where it stands, so that an edit of the file above it forgets nothing.
+        self._senses = {entry.where: relay.sense(entry) for entry in settings.rules.trust}
         self._limited = {
-            e.where: f"{relay.who(e)} {sorted(e.reverse_texts)} {sorted(e.forward_texts)}"
-            for e in settings.rules.trust
-            if e.messages_per_hour or e.recipients_per_hour
+            entry.where: self._senses[entry.where]
+            for entry in settings.rules.trust
+            if entry.messages_per_hour or entry.recipients_per_hour
         }
 
     def findings(self, transaction: Transaction, forward_path: ForwardPath, counted: set[str]) -> list[Finding]:
@@ -324,8 +327,10 @@ class Rates:
         if isinstance(authority, LocalDomain):
             if self._per_mailbox:
                 self._counts.add(_mailbox_key(recipient.forward_path), now)
-        elif authority.where in self._limited:
-            key = self._limited[authority.where]
+            return
+        self._uses.used(self._senses[authority.where], now)
+        key = self._limited.get(authority.where)
+        if key is not None:
             if key not in counted:
                 counted.add(key)
                 self._counts.add(f"messages {key}", now)
@@ -470,11 +475,14 @@ class Server:
         backends = await self._backends_for(settings)
         old_backends = [backend for name, backend in self.backends.items() if backends.get(name) is not backend]
         self.settings, self.backends, self.trace_key = settings, backends, trace_key
-        self.rates = Rates(self._counts, settings)
+        assert self._store is not None
+        uses = Uses(self._store)
+        self.rates = Rates(self._counts, uses, settings)
         self.memory = Memory(settings.limits.memory_octets, settings.limits.message_memory_octets, temporary)
         self.content_limits = [_content_limits(settings.limits, normalise=normalise) for normalise in (False, True)]
         self._take_logins(settings, authenticator)
-        assert self._store is not None
+        if self.worker == 0:
+            self._watch_grants(settings.rules, uses)
         self.sources = Sources(
             self._store, settings.rules, settings.name, log=self.log, interfaces=self._interfaces, now_s=self.now_s
         )
@@ -557,6 +565,13 @@ class Server:
         whom = f"{ban.network} with the account {ban.account}" if ban.account else str(ban.network)
         until = datetime.fromtimestamp(ban.until_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
         self.log.event("ban", f"{whom} is banned until {until}: {ban.why}", Level.WARNING)
+
+    def _watch_grants(self, rules: RelayRules, uses: Uses) -> None:
+        """Watch whether they are used, and say which were not."""
+        now_s = self.now_s()
+        uses.watch(map(relay.sense, rules.trust), now_s)
+        for warning in unused(rules, uses, now_s):
+            self.log.event("unused", warning, Level.WARNING)
 
     async def _backends_for(self, settings: GateSettings) -> dict[str, Backend]:
         """The backends of these settings; one whose table did not change keeps its connections."""
