@@ -90,6 +90,11 @@ class Records(Protocol):
         ...
 
 
+def load_library() -> None:
+    """Load what ``derive`` needs, while it can be read."""
+    import scramp  # noqa: F401, PLC0415
+
+
 def derive(secret: str, salt: bytes, iterations: int) -> ScramKeys:
     """The keys of a secret, which is prepared as RFC 5802 §2.2 has it.
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from gatepost import config
 from gatepost.auth.accounts import Account, AccountStore, account_name, why_weak
+from gatepost.auth.scram import load_library
 from gatepost.cli import BAD_NEWS, DONE, printable
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.errors import GatepostError, StorageError
@@ -238,6 +239,7 @@ def _store(config_path: str | None, *, make: bool = False) -> Iterator[AccountSt
     owner = privileges.account_of(loaded.user, where)
     if make:
         privileges.prepare_data(loaded.data, owner, where)
+    load_library()
     with privileges.acting_as(owner):
         try:
             yield AccountStore(loaded.gate.auth.accounts)

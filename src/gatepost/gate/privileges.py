@@ -9,6 +9,7 @@ Sources: setuid(2), initgroups(3), flock(2).
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import os
@@ -71,10 +72,15 @@ def warning_about(user: str) -> str:
 
 @contextlib.contextmanager
 def acting_as(account: Account | None) -> Iterator[None]:
-    """Do a few things as the account, then be root again."""
+    """Do a few things as the account, then be root again.
+
+    Python's own library may lie where the account cannot read it (below /root): what is loaded late is loaded before.
+    """
     if account is None:
         yield
         return
+    for encoding in ("ascii", "idna", "latin-1"):
+        codecs.lookup(encoding)
     os.setegid(account.gid)
     os.seteuid(account.uid)
     try:
