@@ -57,6 +57,14 @@ class Namespace:
     def route(self, *words: str) -> None:
         _ip("-n", self.name, "route", "add", *words)
 
+    def bridge(self, name: str) -> None:
+        """Make a bridge, such as a container engine's."""
+        _ip("-n", self.name, "link", "add", name, "type", "bridge")
+
+    def plug(self, interface: str, bridge: str) -> None:
+        """Put an interface into a bridge, and bring it up."""
+        _ip("-n", self.name, "link", "set", interface, "master", bridge, "up")
+
     def connect(self, address: str, port: int, source: str, timeout_s: float) -> socket.socket:
         """A connection from in here.  A thread goes in, makes the socket, which stays there, and ends."""
         outcome: list[socket.socket | OSError] = []

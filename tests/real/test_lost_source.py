@@ -289,7 +289,7 @@ def test_it_is_listed_survives_a_restart_and_is_resumed(network, tmp_path):
                 codes.append(client.rcpt_code(f"a@stranger{number}.net", "v@elsewhere.org"))
         assert codes[-1] == 550
     assert command(directory, "trust", "resume", "10.203.77.1").returncode == 0
-    assert command(directory, "trust", "list").stdout == "no trust is suspended\n"
+    assert command(directory, "trust", "list").stdout.startswith("no trust is suspended\n")
 
 
 @pytest.mark.usefixtures("forwarder")
