@@ -92,7 +92,7 @@ class Records(Protocol):
 
 def load_library() -> None:
     """Load what ``derive`` needs, while it can be read."""
-    import scramp  # noqa: F401, PLC0415
+    import scramp  # type: ignore[import-untyped]  # noqa: F401, PLC0415
 
 
 def derive(secret: str, salt: bytes, iterations: int) -> ScramKeys:
@@ -102,7 +102,7 @@ def derive(secret: str, salt: bytes, iterations: int) -> ScramKeys:
         ValueError: it holds characters that SASLprep (RFC 4013) forbids, so that no client could prepare it either.
     """
     # Loaded here: it brings 4 MiB of ASN.1, and a worker makes no keys.
-    from scramp import ScramException, ScramMechanism  # type: ignore[import-untyped]  # noqa: PLC0415
+    from scramp import ScramException, ScramMechanism  # noqa: PLC0415
 
     try:
         _, stored_key, server_key, _ = ScramMechanism(SCRAM).make_auth_info(secret, iterations, salt)
