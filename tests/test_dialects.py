@@ -86,6 +86,14 @@ def test_what_a_backend_that_takes_everybody_makes_of_plain_forms_is_said_to_be_
     assert "strangers-cannot-be-told" not in told(answered({"plus"}))
 
 
+def test_what_strangers_could_send_is_told_with_what_the_gate_refuses_for_it():
+    meant = told(answered({"plus", "equals"}))
+    assert "reads-as-written" not in meant
+    assert 'the gate refuses strangers every local-part with "=" or "+" at its domains' in (
+        meant["open-to-strangers"].sentence
+    )
+
+
 @pytest.mark.parametrize("listen", ['role = "mx"', 'role = "submission"', 'role = "mx"\ntls = "implicit"'])
 def test_a_form_is_put_to_the_policy_as_a_stranger_by_whatever_listener_there_is(listen):
     text = HEAD.replace('name = "mx"\naddress', f'name = "mx"\n{listen}\naddress') + '[auth]\nverify = ["accounts"]\n'

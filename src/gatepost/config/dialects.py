@@ -213,7 +213,7 @@ def _reread(dialect: Dialect, rules: RelayRules, now: float) -> Iterable[Finding
         )
     if kept:
         yield Finding("never-sent", f"It takes {_names(kept)}: the gate never sends these, for anybody.")
-    if not reread and not doubtful and dialect.accept_all is Answer.REFUSED:
+    if not (reread or doubtful or dialect.open_to_strangers) and dialect.accept_all is Answer.REFUSED:
         yield Finding("reads-as-written", "It takes none of the forms by which servers are made to relay.")
 
 
