@@ -1,11 +1,11 @@
 #!/bin/sh
-# The real servers and clients that the tests talk to: Postfix, Exim, OpenSMTPD, Dovecot, OpenLDAP's slapd; swaks, HAProxy,
-# curl, nodemailer, msmtp; iproute2 for networks of their own.
+# The real servers and clients that the tests talk to: Postfix, Exim, OpenSMTPD, Sendmail, Dovecot, OpenLDAP's slapd;
+# swaks, HAProxy, curl, nodemailer, msmtp, nmap; iproute2 for networks of their own.
 #
 # Idempotent, and quick when all is there.  Installs packages only as root, where apt is, and never removes one: a
 # machine that has another mail server keeps it, and the tests that need Postfix say that they were skipped.  Nothing
-# is started.  Exim and OpenSMTPD would push Postfix out, so that they are only unpacked, into .cache of this tree;
-# Exim cannot run without the user Debian-exim, which is made as its package makes it.
+# is started.  Exim, OpenSMTPD and Sendmail would push Postfix out, so that they are only unpacked, into .cache of this
+# tree; Exim cannot run without the user Debian-exim, which is made as its package makes it.
 # Exit status 1: something could not be had.
 set -u
 
@@ -38,6 +38,8 @@ missing() { # the packages that are to be installed
     have slapd || echo slapd
     have ldapsearch || echo ldap-utils
     have ip || echo iproute2
+    have nmap || echo nmap
+    have m4 || echo m4
 }
 
 exim() {
@@ -46,6 +48,11 @@ exim() {
         useradd --system --user-group --no-create-home --home-dir /var/spool/exim4 --shell /usr/sbin/nologin \
             Debian-exim && "$cache/exim4-daemon-light/usr/sbin/exim4" -C /dev/null -bV >/dev/null 2>&1
 }
+sendmail() { # it has no option that does nothing: even for its version it wants a configuration
+    ldd "$cache/sendmail-bin/usr/libexec/sendmail/sendmail" 2>/dev/null | grep -q 'libdb' &&
+        ! ldd "$cache/sendmail-bin/usr/libexec/sendmail/sendmail" | grep -q 'not found'
+}
+sendmail_cf() { [ -f "$cache/sendmail-cf/usr/share/sendmail/cf/m4/cf.m4" ]; }
 opensmtpd() { "$cache/opensmtpd/usr/sbin/smtpd" -h 2>&1 | grep -q '^version'; }
 
 unpacked() { # PACKAGE PROBE: downloaded, unpacked and able to run
@@ -114,4 +121,5 @@ if [ -n "$packages" ]; then
 fi
 unpacked exim4-daemon-light exim || { say "Exim cannot be run"; status=1; }
 unpacked opensmtpd opensmtpd || { say "OpenSMTPD cannot be run"; status=1; }
+unpacked sendmail-cf sendmail_cf && unpacked sendmail-bin sendmail || { say "Sendmail cannot be run"; status=1; }
 exit $status

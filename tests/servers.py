@@ -1,6 +1,6 @@
 """Real servers for tests, on free ports of the loopback interface, each in its own place.
 
-Postfix, Exim and OpenSMTPD take mail:
+Postfix, Exim, OpenSMTPD and Sendmail take mail:
 
     with Postfix() as server:
         ... deliver to 127.0.0.1:{server.port} for alice@example.com or bob@example.com ...
@@ -92,6 +92,18 @@ def _opensmtpd() -> Path:
     return program
 
 
+def _sendmail() -> Path:
+    if os.geteuid() != 0:
+        raise Missing("Sendmail must be started by root")
+    _program("m4")
+    if not (CACHE / "sendmail-cf").is_dir():
+        raise Missing("sendmail-cf is not unpacked")
+    program = CACHE / "sendmail-bin" / "usr" / "libexec" / "sendmail" / "sendmail"
+    _try(["ldd", str(program)], "Sendmail")
+    _try(["unshare", "--uts", "--mount", "hostname", "sendmail.test"], "Sendmail, which wants names of its own,")
+    return program
+
+
 def _dovecot() -> Path:
     program = _program("dovecot", root=True)
     for package in ("imap", "pop3"):
@@ -127,10 +139,11 @@ _FINDERS: dict[str, Callable[[], Path]] = {
     "postfix": _postfix,
     "exim": _exim,
     "opensmtpd": _opensmtpd,
+    "sendmail": _sendmail,
     "dovecot": _dovecot,
     "slapd": _slapd,
     "nodemailer": _nodemailer,
-    **{name: functools.partial(_program, name) for name in ("swaks", "haproxy", "curl", "node", "msmtp")},
+    **{name: functools.partial(_program, name) for name in ("swaks", "haproxy", "curl", "node", "msmtp", "nmap")},
 }
 
 
@@ -542,6 +555,107 @@ class OpenSmtpd(Server):
 
     def _command(self) -> list[str]:
         return ["chroot", str(self.root), "/usr/sbin/smtpd", "-d", "-f", "/etc/smtpd.conf"]
+
+
+class Sendmail(Server):
+    """Sendmail.  Options: certificate (PEM file of key and chain) for STARTTLS; settings: lines for its .mc file.
+
+    Unlike Sendmail as it comes, it trusts nobody, the loopback interface neither: tests come from there.  Strangers'
+    mail that it takes all the same, it throws away.
+    """
+
+    name = "sendmail"
+
+    def _prepare(self) -> None:
+        (self.directory / "queue").mkdir(mode=0o700)
+        for user in USERS:
+            for part in ("new", "tmp", "cur"):
+                (self.mailbox(user) / part).mkdir(parents=True)
+                shutil.chown(self.mailbox(user) / part, "nobody")
+        (self.directory / "aliases").write_text("")
+        (self.directory / "keep").write_text(_SENDMAIL_KEEP.format(mail=self.directory / "mail"))
+        (self.directory / "switch").write_text("hosts files\naliases files\n")  # DNS is not asked
+        tls = ""
+        if "certificate" in self.options:
+            chain = self.directory / "chain.pem"
+            shutil.copyfile(self.options["certificate"], chain)
+            chain.chmod(0o600)  # it refuses a key that others can read
+            places = dict.fromkeys(("SERVER_CERT", "SERVER_KEY", "CACERT"), "/mnt/chain.pem") | {"CACERT_PATH": "/mnt"}
+            tls = "".join(f"define(`conf{name}', `{place}')dnl\n" for name, place in places.items())
+        settings = "".join(f"{line}dnl\n" for line in self.options.get("settings", []))
+        source = self.directory / "sendmail.mc"
+        source.write_text(
+            _SENDMAIL_BEGIN.format(directory=self.directory, port=self.port, octets=MESSAGE_OCTETS_MAX)
+            + tls
+            + settings
+            + _SENDMAIL_END.format(directory=self.directory, users=" ".join(USERS), domain=DOMAIN)
+        )
+        templates = f"{CACHE / 'sendmail-cf'}/usr/share/sendmail/cf/"
+        command = ["m4", f"-D_CF_DIR_={templates}", f"{templates}m4/cf.m4", str(source)]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+        assert made.returncode == 0, made.stderr
+        # Whom it trusts for the address that they come from: nobody.
+        text, count = re.subn(r"^SRelay_ok\n", r"\g<0>R$*\t$@ STRANGER\n", made.stdout, flags=re.MULTILINE)
+        assert count == 1 or "promiscuous" in settings
+        (self.directory / "sendmail.cf").write_text(text)
+
+    def _command(self) -> list[str]:
+        # Where the machine's name has no dot, it waits a minute for DNS to give it one, whatever it is configured to.
+        # -bD: in the foreground; -X: what was said, for ``log``.
+        # A key it takes only from below directories that nobody else may write in, as /tmp is none: so from /mnt.
+        alone = 'hostname sendmail.test && mount --bind "$0" /mnt && exec "$@"'
+        own_names = ["unshare", "--uts", "--mount", "sh", "-c", alone, str(self.directory)]
+        configuration, talk = f"-C{self.directory / 'sendmail.cf'}", f"-X{self.directory / 'talk.log'}"
+        return [*own_names, str(self.program), "-bD", configuration, talk]
+
+
+_SENDMAIL_BEGIN = """\
+divert(-1)
+divert(0)dnl
+VERSIONID(`for tests')dnl
+OSTYPE(`linux')dnl
+define(`confDOMAIN_NAME', `sendmail.test')dnl
+define(`QUEUE_DIR', `{directory}/queue')dnl
+define(`ALIAS_FILE', `{directory}/aliases')dnl
+define(`STATUS_FILE', `{directory}/statistics')dnl
+define(`HELP_FILE', `{directory}/help')dnl
+define(`confPID_FILE', `{directory}/pid')dnl
+define(`confCW_FILE', `-o {directory}/names')dnl
+define(`confSERVICE_SWITCH_FILE', `{directory}/switch')dnl
+define(`confMAX_MESSAGE_SIZE', `{octets}')dnl
+define(`confTO_IDENT', `0')dnl
+define(`confDELIVERY_MODE', `background')dnl
+define(`confBAD_RCPT_THROTTLE', `0')dnl
+define(`confDONT_BLAME_SENDMAIL', `GroupWritableDirPathSafe')dnl
+define(`confRUN_AS_USER', `root')dnl
+FEATURE(`no_default_msa')dnl
+FEATURE(`nocanonify')dnl
+FEATURE(`accept_unresolvable_domains')dnl
+DAEMON_OPTIONS(`Port={port}, Addr=127.0.0.1, Name=MTA, Family=inet')dnl
+define(`SMART_HOST', `nowhere:anywhere')dnl
+"""
+
+# Rules: tabs part their two sides.  Who is not named at our domain is nobody.
+_SENDMAIL_END = """\
+MAILER(`local')dnl
+MAILER(`smtp')dnl
+MAILER_DEFINITIONS
+Mkeep, P=/bin/sh, F=lsun, U=nobody, S=EnvFromL, R=EnvToL, A=sh {directory}/keep $u
+Mnowhere, P=/bin/sh, F=sun, U=nobody, S=EnvFromL, R=EnvToL, A=sh -c cat>/dev/null
+LOCAL_CONFIG
+Cw{domain}
+C{{Mailboxes}}{users}
+LOCAL_RULE_0
+R$={{Mailboxes}} < @ $=w . >	$#keep $: $1
+R$+ < @ $=w . >	$#error $@ 5.1.1 $: "550 User unknown"
+"""
+
+_SENDMAIL_KEEP = """\
+#!/bin/sh
+# Keeps a message in a Maildir.
+name=$(date +%s.%N).$$
+cat >"{mail}/$1/tmp/$name" && mv "{mail}/$1/tmp/$name" "{mail}/$1/new/$name"
+"""
 
 
 class Dovecot(Server):
