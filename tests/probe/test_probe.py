@@ -30,7 +30,7 @@ from tests.vectors.readings import domain_of, plain
 from gatepost.errors import GatepostError
 from gatepost.probe import Outcome, Target, Verdict, probe
 from gatepost.probe.forms import FORMS
-from gatepost.probe.round import CONNECTIONS_MAX, DEFERRALS_MAX, REFUSALS_MAX, SILENCES_MAX
+from gatepost.probe.round import CONNECTIONS_MAX, DEFERRALS_MAX, REFUSALS_MAX, RESETS_MAX, SILENCES_MAX
 from gatepost.resolver import Answer, Certainty, Resolver
 
 MINE = "me@elsewhere.example"
@@ -368,6 +368,15 @@ async def test_a_server_that_ends_sessions_after_errors_is_asked_to_the_end(erro
         report = await ask(server)
     assert report.verdict is Verdict.CLOSED
     assert len(FORMS) // REFUSALS_MAX <= server.opened <= CONNECTIONS_MAX
+
+
+async def test_a_server_that_tires_of_rset_and_ehlo_is_asked_by_many_connections():
+    """Sendmail answers each RSET after the 20th, and each EHLO after the third, later than the one before."""
+    async with Scripted(rcpt=relays_plainly) as server:
+        await ask(server)
+    sessions = "\n".join(server.heard).split("QUIT")
+    assert max(session.count("RSET") for session in sessions) == RESETS_MAX
+    assert max(session.count("EHLO") for session in sessions) == 2
 
 
 async def test_connections_are_counted():

@@ -105,6 +105,7 @@ class Round:
         opening: the transcript of the first connection up to the questions about the server itself.
         takes_anybody: it took made-up users wherever it was asked: it does not decide at RCPT.
         planned: how many forms there are; fewer attempts mean that the round was cut short.
+        own_address: which we spoke from; "" where there was no connection.
     """
 
     address: Address
@@ -119,6 +120,7 @@ class Round:
     takes_anybody: bool
     planned: int
     attempts: tuple[Attempt, ...]
+    own_address: str = ""
 
     @property
     def name(self) -> str:
@@ -136,6 +138,7 @@ class Delivery:
     Attributes:
         token: the mark in its subject; taken: the server took it.
         form: by which it went, or the last by which it was refused; reply: the server's to the content.
+        arrived: its mark was seen in the person's inbox; inbox: the host at which it was looked for, "" for none.
     """
 
     token: str
@@ -144,6 +147,8 @@ class Delivery:
     taken: bool
     reply: str
     transcript: tuple[str, ...]
+    arrived: bool = False
+    inbox: str = ""
 
 
 @dataclass(frozen=True, slots=True)
