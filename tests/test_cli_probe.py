@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import pty
@@ -17,7 +18,9 @@ import pytest
 from tests.probe.parts import choosy
 from tests.vectors.lenient import LenientBackend
 
-from gatepost import cli
+from gatepost import __version__, cli
+from gatepost.cli import report_file
+from gatepost.probe.evidence import evidence_object
 from gatepost.probe.forms import FORMS
 
 LOCAL = ("--local-domain", "example.com", "--pause", "0")
@@ -126,6 +129,12 @@ def test_nobody_answers(capsys):
         (["127.0.0.1", "--starttls", "perhaps"], "perhaps"),
         (["127.0.0.1", "--pause", "1000"], "600"),
         (["127.0.0.1", "--port", "0"], "port 0"),
+        (["127.0.0.1", "--inbox", "https://mail.example.net/"], "unless --deliver-to names an address"),
+        (["127.0.0.1", "--deliver-to", "me@x.test", "--inbox", "mail.example.net"], "no URL that can be asked"),
+        (["127.0.0.1", "--deliver-to", "me@x.test", "--inbox", "http://x/", "--inbox-wait", "3601"], "3600"),
+        (["127.0.0.1", "--deliver-to", "me@x.test", "--inbox", "http://x/", "--inbox-wait", "-1"], "3600"),
+        (["127.0.0.1", "--report", "report.pdf"], "must be .html or .json"),
+        (["127.0.0.1", "--report", "/nowhere/report.html"], "there is no directory /nowhere"),
     ],
     ids=" ".join,
 )
@@ -134,6 +143,114 @@ def test_what_cannot_be_asked_is_said_in_words(arguments, words, capsys):
     assert (code, out) == (2, "")
     assert words in err
     assert "Traceback" not in err
+
+
+# ---- the report to hand on
+
+
+def test_a_report_is_written_for_people_and_for_programs(percent_server, capsys, tmp_path):
+    target = f"127.0.0.1:{percent_server.port}"
+    for name in ("report.html", "report.json"):
+        code, out, _ = typed(capsys, target, *LOCAL, "--report", str(tmp_path / name))
+        assert code == 1
+        assert out.splitlines()[-1] == f"report    {tmp_path / name}"
+    page, answer = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert page.startswith("<!DOCTYPE html>")
+    assert "RCPT TO:&lt;relay-test%gatepost-probe.invalid@example.com&gt;" in page
+    assert answer["verdict"] == "open"
+    assert answer["version"] == f"gatepost {__version__}"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", answer["begun"])
+    code, out, _ = typed(capsys, target, *LOCAL, "--json", "--report", str(tmp_path / "other.json"))
+    assert json.loads(out).keys() == answer.keys(), "nothing but JSON, and the same"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "report.html", "report.json"]
+
+
+@pytest.mark.parametrize("kind", ["file", "broken link", "directory"])
+def test_a_report_takes_no_other_files_place(kind, closed_server, capsys, tmp_path):
+    path = tmp_path / "report.html"
+    if kind == "file":
+        path.write_text("evidence")
+    elif kind == "broken link":
+        path.symlink_to(tmp_path / "away")
+    else:
+        path.mkdir()
+    code, out, err = typed(capsys, f"127.0.0.1:{closed_server.port}", *LOCAL, "--report", str(path))
+    assert (code, out) == (2, "")
+    assert ("a directory" if kind == "directory" else "--force replaces it") in err
+    assert closed_server.recipients() == [], "said before the test"
+    if kind != "directory":
+        assert typed(capsys, f"127.0.0.1:{closed_server.port}", *LOCAL, "--report", str(path), "--force")[0] == 0
+        assert path.read_text().startswith("<!DOCTYPE html>")
+        assert not path.is_symlink()
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_came_during_the_test_stays(closed_server, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+
+    def meanwhile(*arguments):
+        path.write_text("another's")
+        return evidence_object(*arguments)
+
+    monkeypatch.setattr(report_file, "evidence_object", meanwhile)
+    code, out, err = typed(capsys, f"127.0.0.1:{closed_server.port}", *LOCAL, "--report", str(path))
+    assert code == 2
+    assert out.startswith("CLOSED"), "what was found is shown all the same"
+    assert "there is a file of that name" in err
+    assert path.read_text() == "another's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- the proof
+
+
+class Inbox(http.server.BaseHTTPRequestHandler):
+    """Shows what the backend has got."""
+
+    backend: LenientBackend
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"".join(transaction.octets for transaction in self.backend.transactions()))
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def inbox(backend: LenientBackend) -> Iterator[str]:
+    handler = type("ThisInbox", (Inbox,), {"backend": backend})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://you:secret@127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_mark_in_the_inbox_is_proof(capsys, tmp_path):
+    with LenientBackend("strict") as backend, inbox(backend) as url:
+        arguments = (f"127.0.0.1:{backend.port}", *LOCAL, "--deliver-to", "me@elsewhere.test", "--inbox", url)
+        code, out, _ = typed(capsys, *arguments, "--report", str(tmp_path / "report.html"))
+    assert code == 1
+    match = re.search(r"why +The message marked ([0-9a-f]{16}) arrived: .* in the inbox at 127\.0\.0\.1\.", out)
+    assert match is not None
+    assert match[1].encode() in backend.transactions()[-1].octets
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>it arrived</b>" in page
+    assert "secret" not in page + out
+
+
+def test_an_inbox_without_the_mark_leaves_it_to_the_person(capsys):
+    with LenientBackend("strict") as backend, LenientBackend("strict") as other, inbox(other) as url:
+        arguments = (f"127.0.0.1:{backend.port}", *LOCAL, "--deliver-to", "me@elsewhere.test", "--inbox", url)
+        code, out, _ = typed(capsys, *arguments, "--inbox-wait", "0")
+    assert code == 1
+    assert "not seen at 127.0.0.1 yet; it may still come" in out
+    assert re.search(r"look for [0-9a-f]{16} in the mailbox of me@elsewhere\.test: there it is proof", out)
 
 
 def test_a_configuration_is_not_needed_and_not_read(closed_server, capsys):

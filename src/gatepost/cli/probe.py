@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
 from ipaddress import ip_address
-from itertools import takewhile
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
+from gatepost import __version__
 from gatepost import probe as tester
 from gatepost.cli import BAD_NEWS, DONE, NOT_DONE
+from gatepost.cli.report_file import ReportFile
 from gatepost.cli.terminal import JsonOption, UnusedConfigOption, say, say_json
 from gatepost.errors import GatepostError
-from gatepost.probe import Attempt, Delivery, Outcome, Progress, Report, Round, Verdict
+from gatepost.probe import Delivery, Outcome, Report, Verdict
+from gatepost.probe.evidence import (
+    SENTENCES,
+    WORDS,
+    Circumstances,
+    by_form,
+    evidence_object,
+    first_dialogue,
+    manner,
+    title,
+    worst,
+)
 from gatepost.probe.report import Address, StartTls
+
+Show = Callable[[str], None]
 
 REPLY_SHOWN_CHARACTERS = 72  # of each reply in the table
 
 _CODES = {Verdict.CLOSED: DONE, Verdict.OPEN: BAD_NEWS, Verdict.UNKNOWN: NOT_DONE}
-_HEADLINES = {
-    Verdict.CLOSED: ("CLOSED", "bold green", "it refused every form of relaying"),
-    Verdict.OPEN: ("OPEN RELAY", "bold red", "it takes mail from strangers for strangers"),
-    Verdict.UNKNOWN: ("UNKNOWN", "bold yellow", "it cannot be told whether it relays"),
-}
+_VERDICT_STYLES = {Verdict.CLOSED: "bold green", Verdict.OPEN: "bold red", Verdict.UNKNOWN: "bold yellow"}
 _STYLES = {Outcome.ACCEPTED: "red", Outcome.UNCLEAR: "yellow", Outcome.REFUSED: ""}
 
 
@@ -62,6 +75,14 @@ def probe(
     source: Annotated[str, Parameter(help="The IP address to speak from.")] = "",
     pause: Annotated[float, Parameter(help="Seconds between two forms. Default: 0.2.")] = 0.2,
     timeout: Annotated[float, Parameter(help="Seconds for a connection and for each reply. Default: 30.")] = 30.0,
+    inbox: Annotated[
+        str, Parameter(help="A URL that shows the inbox of --deliver-to: the mark of the message is looked for there.")
+    ] = "",
+    inbox_wait: Annotated[float, Parameter(help="Seconds that it is looked for. Default: 120.")] = 120.0,
+    report_file: Annotated[
+        Path | None, Parameter(name="--report", help="Also write a report to hand on: FILE.html or FILE.json.")
+    ] = None,
+    force: Annotated[bool, Parameter(help="The report may replace a file.")] = False,
     verbose: Annotated[bool, Parameter(help="The transcript of every form, and why it is asked.")] = False,
     _config_path: UnusedConfigOption = None,
     as_json: JsonOption = False,
@@ -88,13 +109,44 @@ def probe(
         timeout_s=timeout,
     )
     target = tester.target_of(host, port)
-    with _progress() as progress:
+    inbox_at = _inbox_host(inbox, inbox_wait, deliver)
+    file = None if report_file is None else ReportFile(report_file, force=force)
+    circumstances = Circumstances(datetime.now(UTC), __version__)
+    with _status_line() as show:
+        progress = None if show is None else partial(_show_progress, show)
         report = asyncio.run(tester.probe(target, settings, progress))
+        if inbox and report.delivery is not None and report.delivery.taken:
+            report = asyncio.run(_looked_at(report, inbox, inbox_at, inbox_wait, show))
     if as_json:
-        say_json(_report_object(report))
+        say_json(evidence_object(report, circumstances))
     else:
         _tell(report, verbose=verbose)
+    if file is not None:
+        file.write(report, circumstances)
+        if not as_json:
+            say(f"\nreport    {file.path}")
     return _CODES[report.verdict]
+
+
+def _inbox_host(inbox: str, wait_s: float, deliver: str) -> str:
+    if not inbox:
+        return ""
+    if not deliver:
+        raise GatepostError("--inbox: there is nothing to look for unless --deliver-to names an address")
+    from gatepost.probe.inbox import INBOX_WAIT_S_MAX, inbox_host
+
+    if not 0 <= wait_s <= INBOX_WAIT_S_MAX:
+        raise GatepostError(f"--inbox-wait: from 0 to {INBOX_WAIT_S_MAX} seconds can be waited")
+    return inbox_host(inbox)
+
+
+async def _looked_at(report: Report, inbox: str, host: str, wait_s: float, show: Show | None) -> Report:
+    """The report, with what the inbox says of the message."""
+    from gatepost.probe.inbox import arrived, with_arrival
+
+    assert report.delivery is not None
+    looking = None if show is None else partial(show, f"looking for {report.delivery.token} at {host}")
+    return with_arrival(report, found=await arrived(inbox, report.delivery.token, wait_s, looking), host=host)
 
 
 def _source(written: str) -> Address | None:
@@ -105,25 +157,27 @@ def _source(written: str) -> Address | None:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
+def _status_line() -> Iterator[Show | None]:
     """One line on a terminal that says how far it is; nothing in a pipe."""
     console = Console(stderr=True, highlight=False)
     if not sys.stderr.isatty() or console.is_dumb_terminal:
         yield None
         return
     with console.status("") as status:
-        yield lambda what, done, planned: status.update(f"{what}: {done} of {planned}")
+        yield status.update
+
+
+def _show_progress(show: Show, what: str, done: int, planned: int) -> None:
+    show(f"{what}: {done} of {planned}")
 
 
 # ---- for a person
 
 
 def _tell(report: Report, *, verbose: bool) -> None:
-    word, style, sentence = _HEADLINES[report.verdict]
-    say(f"{word}: {report.target}: {sentence}", style)
+    say(f"{WORDS[report.verdict]}: {report.target}: {SENTENCES[report.verdict]}", _VERDICT_STYLES[report.verdict])
     for one in report.rounds:
-        under = f"under {one.tls_version}" if one.tls_version else "under TLS" if one.tls else "in plain"
-        say(f"{one.name:<9} {one.address} {under}: {one.verdict.value}; local {', '.join(one.local_domains)}")
+        say(f"{one.name:<9} {one.address} {manner(one)}: {one.verdict.value}; local {', '.join(one.local_domains)}")
         say(f"{'':<9} {one.greeting or 'no greeting'}")
     for sentence in report.why:
         say(f"why       {sentence}")
@@ -136,15 +190,10 @@ def _tell(report: Report, *, verbose: bool) -> None:
         if verbose:
             _transcript(f"{one.name}: what it says of itself, and to made-up users", one.opening)
         for attempt in one.attempts if verbose else ():
-            _transcript(f"{one.name}: {_title(attempt)}", attempt.transcript)
-    if not verbose and report.first_accepted is not None:
-        one, attempt = report.first_accepted
-        greeting = takewhile(lambda line: not line.startswith("C: MAIL"), one.opening)
-        _transcript(_title(attempt), (*greeting, *attempt.transcript))
-
-
-def _title(attempt: Attempt) -> str:
-    return f"{attempt.id}: {attempt.why} ({attempt.source})"
+            _transcript(f"{one.name}: {title(attempt)}", attempt.transcript)
+    dialogue = first_dialogue(report)
+    if not verbose and dialogue is not None:
+        _transcript(*dialogue)
 
 
 def _hints(report: Report) -> Iterator[str]:
@@ -170,8 +219,12 @@ def _hints(report: Report) -> Iterator[str]:
 
 
 def _tell_delivery(delivery: Delivery) -> None:
-    if delivery.taken:
+    if delivery.arrived:
+        say(f"message   taken by the form {delivery.form}, and arrived: {delivery.token} is in the inbox", "bold red")
+    elif delivery.taken:
         say(f"message   taken by the form {delivery.form}: {delivery.reply}")
+        if delivery.inbox:
+            say(f"          not seen at {delivery.inbox} yet; it may still come")
         say(f"          look for {delivery.token} in the mailbox of {delivery.address}: there it is proof", "bold")
     else:
         say(f"message   not taken, last by the form {delivery.form}: {delivery.reply}")
@@ -182,24 +235,18 @@ def _table(report: Report) -> None:
     rounds = [one for one in report.rounds if one.attempts]
     if not rounds:
         return
-    columns = [{attempt.id: attempt for attempt in one.attempts} for one in rounds]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    width = max(map(len, names))
+    rows = by_form(rounds)
+    width = max(map(len, rows))
     say("")
     head = "".join(f"{one.name:<9} " for one in rounds)
     say(f"{'form':<{width}}  {head}reply", "bold")
-    for name in names:
-        row = [column.get(name) for column in columns]
-        worst = min((attempt for attempt in row if attempt is not None), key=_rank)
+    for name, row in rows.items():
+        telling = worst(attempt for attempt in row if attempt is not None)
         cells = "".join(f"{attempt.outcome.value if attempt else '-':<9} " for attempt in row)
-        reply = worst.reply
+        reply = telling.reply
         if len(reply) > REPLY_SHOWN_CHARACTERS:
             reply = reply[: REPLY_SHOWN_CHARACTERS - 3] + "..."
-        say(f"{name:<{width}}  {cells}{reply}".rstrip(), _STYLES[worst.outcome])
-
-
-def _rank(attempt: Attempt) -> int:
-    return (Outcome.ACCEPTED, Outcome.UNCLEAR, Outcome.REFUSED).index(attempt.outcome)
+        say(f"{name:<{width}}  {cells}{reply}".rstrip(), _STYLES[telling.outcome])
 
 
 def _transcript(title: str, lines: tuple[str, ...]) -> None:
@@ -207,59 +254,3 @@ def _transcript(title: str, lines: tuple[str, ...]) -> None:
     say(title, "bold")
     for line in lines:
         say(f"  {line}")
-
-
-# ---- for a program
-
-
-def _report_object(report: Report) -> dict[str, Any]:
-    return {
-        "target": str(report.target),
-        "verdict": report.verdict.value,
-        "why": list(report.why),
-        "outside": report.outside,
-        "seconds": report.seconds,
-        "delivery": None if report.delivery is None else _delivery_object(report.delivery),
-        "rounds": [_round_object(one) for one in report.rounds],
-    }
-
-
-def _delivery_object(delivery: Delivery) -> dict[str, Any]:
-    return {
-        "token": delivery.token,
-        "address": delivery.address,
-        "form": delivery.form,
-        "taken": delivery.taken,
-        "reply": delivery.reply,
-        "transcript": list(delivery.transcript),
-    }
-
-
-def _round_object(one: Round) -> dict[str, Any]:
-    return {
-        "address": str(one.address),
-        "port": one.port,
-        "tls": one.tls_version or one.tls,
-        "greeting": one.greeting,
-        "local_domains": list(one.local_domains),
-        "verdict": one.verdict.value,
-        "why": list(one.why),
-        "takes_anybody": one.takes_anybody,
-        "forms": one.planned,
-        "opening": list(one.opening),
-        "attempts": [_attempt_object(attempt) for attempt in one.attempts],
-    }
-
-
-def _attempt_object(attempt: Attempt) -> dict[str, Any]:
-    return {
-        "form": attempt.id,
-        "why": attempt.why,
-        "source": attempt.source,
-        "reverse_path": attempt.reverse_path,
-        "forward_path": attempt.forward_path,
-        "outcome": attempt.outcome.value,
-        "reply": attempt.reply,
-        "note": attempt.note,
-        "transcript": list(attempt.transcript),
-    }
