@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import pty
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
-from tests.probe.parts import choosy
+from tests.probe.parts import choosy, inbox
 from tests.vectors.lenient import LenientBackend
 
 from gatepost import __version__, cli
@@ -202,33 +201,6 @@ def test_a_file_that_came_during_the_test_stays(closed_server, capsys, tmp_path,
 
 
 # ---- the proof
-
-
-class Inbox(http.server.BaseHTTPRequestHandler):
-    """Shows what the backend has got."""
-
-    backend: LenientBackend
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"".join(transaction.octets for transaction in self.backend.transactions()))
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@contextmanager
-def inbox(backend: LenientBackend) -> Iterator[str]:
-    handler = type("ThisInbox", (Inbox,), {"backend": backend})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://you:secret@127.0.0.1:{server.server_address[1]}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_the_mark_in_the_inbox_is_proof(capsys, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import re
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -172,6 +174,32 @@ def choosy(mode: str, monkeypatch) -> Iterator[lenient.LenientBackend]:
     monkeypatch.setattr(lenient, "LenientSession", Choosy)
     with lenient.LenientBackend(mode) as backend:
         yield backend
+
+
+class _Inbox(http.server.BaseHTTPRequestHandler):
+    backend: lenient.LenientBackend
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"".join(transaction.octets for transaction in self.backend.transactions()))
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def inbox(backend: lenient.LenientBackend) -> Iterator[str]:
+    """A URL that shows what the backend has got."""
+    handler = type("Inbox", (_Inbox,), {"backend": backend})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://you:secret@127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 async def probed(port: int, settings: ProbeSettings = QUICK) -> Report:

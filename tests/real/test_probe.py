@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import smtplib
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import trustme
 from tests.gatehouse import Gate
-from tests.probe.parts import QUICK, accepted, outcomes
+from tests.probe.parts import QUICK, accepted, inbox, outcomes
 from tests.servers import Exim, OpenSmtpd, Postfix, Sendmail, Server, need
 from tests.vectors.lenient import LenientBackend
 from tests.vectors.readings import domain_of
@@ -213,6 +214,38 @@ def test_delivery_is_proof(certificate):
         report = ask(server, replace(QUICK, deliver=MINE))
         assert (report.verdict, report.delivery) == (Verdict.CLOSED, None)
         assert "message-id=" not in server.log
+
+
+def test_sendmail_takes_the_message_once_and_keeps_nobody_waiting():
+    """Its own users get their mail; what it relays for us is one message."""
+    with Sendmail(settings=["FEATURE(`promiscuous_relay')"]) as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as client:
+            client.sendmail("me@elsewhere.test", "alice@example.com", b"X-First: yes\r\n\r\nHello\r\n")
+        assert server.arrived("alice", first=b"X-First") == [b"X-First: yes\r\n\r\nHello\r\n"]
+        report = ask(server, replace(QUICK, deliver=MINE))
+        assert report.verdict is Verdict.OPEN
+        assert report.delivery is not None
+        assert (report.delivery.form, report.delivery.taken) == ("null-sender", True)
+        assert server.log.count(f"Message-ID: <{report.delivery.token}@elsewhere.test>") == 1
+        assert report.seconds < 20, "it would wait ever longer after 20 RSET"
+
+
+def test_a_message_that_a_real_relay_hands_on_is_found_in_the_inbox(capsys, tmp_path):
+    """The percent hack, through Exim, to a server elsewhere whose inbox is on the web."""
+    with LenientBackend("strict") as elsewhere, inbox(elsewhere) as url:
+        away = f"driver = smtp\n  hosts = 127.0.0.1\n  port = {elsewhere.port}\n  allow_localhost\n"
+        changes = (*PERCENT_EXIM, ("driver = appendfile\n  file = /dev/null\n", away))
+        with StrictExim(changes=changes) as server:
+            arguments = ["--local-domain", "example.com", "--pause", "0", "--deliver-to", MINE, "--inbox", url]
+            path = tmp_path / "report.json"
+            code = cli.main(["probe", f"127.0.0.1:{server.port}", *arguments, "--report", str(path)])
+    answer = json.loads(path.read_text())
+    assert code == 1, capsys.readouterr()
+    assert answer["delivery"]["arrived"] is True
+    assert answer["delivery"]["form"] == "percent-ours"
+    (message,) = elsewhere.transactions()
+    assert answer["delivery"]["token"].encode() in message.octets
+    assert b"by exim.test" in message.octets
 
 
 # ---- our own gate
