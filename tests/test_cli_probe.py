@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -132,6 +133,7 @@ def test_nobody_answers(capsys):
         (["127.0.0.1", "--deliver-to", "me@x.test", "--inbox", "mail.example.net"], "no URL that can be asked"),
         (["127.0.0.1", "--deliver-to", "me@x.test", "--inbox", "http://x/", "--inbox-wait", "3601"], "3600"),
         (["127.0.0.1", "--deliver-to", "me@x.test", "--inbox", "http://x/", "--inbox-wait", "-1"], "3600"),
+        (["127.0.0.1", "--deliver-to", "me@x.test", "--inbox", "http://you:pw@x/"], "others see the password"),
         (["127.0.0.1", "--report", "report.pdf"], "must be .html or .json"),
         (["127.0.0.1", "--report", "/nowhere/report.html"], "there is no directory /nowhere"),
     ],
@@ -203,9 +205,10 @@ def test_a_file_that_came_during_the_test_stays(closed_server, capsys, tmp_path,
 # ---- the proof
 
 
-def test_the_mark_in_the_inbox_is_proof(capsys, tmp_path):
+def test_the_mark_in_the_inbox_is_proof(capsys, tmp_path, monkeypatch):
     with LenientBackend("strict") as backend, inbox(backend) as url:
-        arguments = (f"127.0.0.1:{backend.port}", *LOCAL, "--deliver-to", "me@elsewhere.test", "--inbox", url)
+        monkeypatch.setattr("sys.stdin", io.StringIO(url.replace("//", "//you:secret@") + "\n"))
+        arguments = (f"127.0.0.1:{backend.port}", *LOCAL, "--deliver-to", "me@elsewhere.test", "--inbox-stdin")
         code, out, _ = typed(capsys, *arguments, "--report", str(tmp_path / "report.html"))
     assert code == 1
     match = re.search(r"why +The message marked ([0-9a-f]{16}) arrived: .* in the inbox at 127\.0\.0\.1\.", out)

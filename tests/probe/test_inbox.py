@@ -14,7 +14,7 @@ from tests.probe.parts import QUICK, Scripted
 
 from gatepost.errors import GatepostError
 from gatepost.probe import Delivery, Verdict, inbox, probe
-from gatepost.probe.inbox import INBOX_OCTETS_MAX, REDIRECTS_MAX, arrived, inbox_host, with_arrival
+from gatepost.probe.inbox import INBOX_OCTETS_MAX, REDIRECTS_MAX, URL_CHARACTERS_MAX, arrived, inbox_host, with_arrival
 
 TOKEN = "0123456789abcdef"
 
@@ -115,6 +115,7 @@ async def test_a_silent_inbox_does_not_hold_us(monkeypatch):
     [
         "", "you.example", "ftp://you.example/", "file:///etc/passwd", "https:///inbox/you", "http://[::1", "http://x:99999/",
         "http://x/\r\nHost: y", "http://x/a b", "http://bücher.example/", "javascript:alert(1)",
+        "http://x/".ljust(URL_CHARACTERS_MAX + 1, "y"),
     ],
 )  # fmt: skip
 def test_what_is_no_url_is_refused_without_being_repeated(url):
@@ -125,6 +126,8 @@ def test_what_is_no_url_is_refused_without_being_repeated(url):
 
 def test_a_url_has_a_host():
     assert inbox_host("https://you:secret@Mail.Example.NET:8443/inbox?a=b") == "mail.example.net"
+    for length in (URL_CHARACTERS_MAX - 1, URL_CHARACTERS_MAX):
+        assert inbox_host("http://x/".ljust(length, "y")) == "x"
 
 
 async def test_a_message_that_arrived_is_proof_where_nothing_else_was():

@@ -11,6 +11,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -78,6 +79,7 @@ def probe(
     inbox: Annotated[
         str, Parameter(help="A URL that shows the inbox of --deliver-to: the mark of the message is looked for there.")
     ] = "",
+    inbox_stdin: Annotated[bool, Parameter(help="Read that URL from the first line of standard input.")] = False,
     inbox_wait: Annotated[float, Parameter(help="Seconds that it is looked for. Default: 120.")] = 120.0,
     report_file: Annotated[
         Path | None, Parameter(name="--report", help="Also write a report to hand on: FILE.html or FILE.json.")
@@ -109,14 +111,14 @@ def probe(
         timeout_s=timeout,
     )
     target = tester.target_of(host, port)
-    inbox_at = _inbox_host(inbox, inbox_wait, deliver)
+    inbox = _inbox(inbox, inbox_wait, deliver, stdin=inbox_stdin)
     file = None if report_file is None else ReportFile(report_file, force=force)
     circumstances = Circumstances(datetime.now(UTC), __version__)
     with _status_line() as show:
         progress = None if show is None else partial(_show_progress, show)
         report = asyncio.run(tester.probe(target, settings, progress))
         if inbox and report.delivery is not None and report.delivery.taken:
-            report = asyncio.run(_looked_at(report, inbox, inbox_at, inbox_wait, show))
+            report = asyncio.run(_looked_at(report, inbox, inbox_wait, show))
     if as_json:
         say_json(evidence_object(report, circumstances))
     else:
@@ -128,23 +130,30 @@ def probe(
     return _CODES[report.verdict]
 
 
-def _inbox_host(inbox: str, wait_s: float, deliver: str) -> str:
-    if not inbox:
+def _inbox(url: str, wait_s: float, deliver: str, *, stdin: bool) -> str:
+    """The URL to look at; "" for none."""
+    if not url and not stdin:
         return ""
+    from gatepost.probe.inbox import INBOX_WAIT_S_MAX, URL_CHARACTERS_MAX, inbox_host
+
     if not deliver:
         raise GatepostError("--inbox: there is nothing to look for unless --deliver-to names an address")
-    from gatepost.probe.inbox import INBOX_WAIT_S_MAX, inbox_host
-
     if not 0 <= wait_s <= INBOX_WAIT_S_MAX:
         raise GatepostError(f"--inbox-wait: from 0 to {INBOX_WAIT_S_MAX} seconds can be waited")
-    return inbox_host(inbox)
+    if stdin:
+        url = sys.stdin.readline(URL_CHARACTERS_MAX + 2).strip()
+    inbox_host(url)
+    if not stdin and urlsplit(url).password is not None:
+        raise GatepostError("--inbox: others see the password in it; say --inbox-stdin, and give the URL that way")
+    return url
 
 
-async def _looked_at(report: Report, inbox: str, host: str, wait_s: float, show: Show | None) -> Report:
+async def _looked_at(report: Report, inbox: str, wait_s: float, show: Show | None) -> Report:
     """The report, with what the inbox says of the message."""
-    from gatepost.probe.inbox import arrived, with_arrival
+    from gatepost.probe.inbox import arrived, inbox_host, with_arrival
 
     assert report.delivery is not None
+    host = inbox_host(inbox)
     looking = None if show is None else partial(show, f"looking for {report.delivery.token} at {host}")
     return with_arrival(report, found=await arrived(inbox, report.delivery.token, wait_s, looking), host=host)
 

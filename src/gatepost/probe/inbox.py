@@ -24,6 +24,7 @@ from gatepost.probe.wire import Deadline
 
 INBOX_OCTETS_MAX = 4_194_304  # of one answer; the mark is looked for in these
 INBOX_WAIT_S_MAX = 3_600
+URL_CHARACTERS_MAX = 2_048
 LOOK_S = 10.0  # for one answer
 LOOKS_APART_S = 5.0
 REDIRECTS_MAX = 5
@@ -42,7 +43,8 @@ def inbox_host(url: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         host, parts = None, urlsplit("")
-    if parts.scheme not in ("http", "https") or not host or not url.isascii() or not url.isprintable() or " " in url:
+    plain = url.isascii() and url.isprintable() and " " not in url and len(url) <= URL_CHARACTERS_MAX
+    if parts.scheme not in ("http", "https") or not host or not plain:
         raise GatepostError("--inbox: this is no URL that can be asked; write it as https://mail.example.net/inbox")
     return host
 
