@@ -127,8 +127,10 @@ def test_a_page_says_how_strong_it_is():
         (sent, "a message that the server took to hand on"),
         (replace(sent, arrived=True), "a message that arrived: proof"),
     ):
-        text = Page(evidence_page(replace(OPEN, delivery=delivery), WHEN)).text
+        report = replace(OPEN, delivery=delivery)
+        text = Page(evidence_page(report, WHEN)).text
         assert words in text
+        assert words in evidence_object(report, WHEN)["rests_on"]
         assert ("the mark was found in the inbox at mail.x.test" in text) is bool(delivery and delivery.arrived)
         assert ("it was not in the inbox at mail.x.test" in text) is (delivery == sent)
 

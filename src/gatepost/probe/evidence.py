@@ -48,6 +48,7 @@ def evidence_object(report: Report, circumstances: Circumstances) -> dict[str, A
         "verdict": report.verdict.value,
         "sentence": f"{report.target}: {SENTENCES[report.verdict]}",
         "why": list(report.why),
+        "rests_on": _grounds(report),
         "not_tested": list(not_tested(report)),
         "begun": _time(circumstances.begun),
         "ended": _time(circumstances.begun + timedelta(seconds=report.seconds)),

@@ -83,6 +83,7 @@ class RoundTest:
         self._asked: list[tuple[Question, Attempt]] = []
         self._refusals = 0
         self._resets = 0
+        self._pretends = False  # the name said last on this connection is a form's, not ours
         self.offers_tls = False
         self.delivery: Delivery | None = None
 
@@ -141,6 +142,7 @@ class RoundTest:
         """
         self._connections += 1
         self._refusals = self._resets = 0
+        self._pretends = False
         settings = self._settings
         wire = await dial(self._address, self._target.port, settings.source, settings.timeout_s, self._deadline)
         if isinstance(wire, str):
@@ -258,7 +260,7 @@ class RoundTest:
         """One form; asked again on a new connection if the server ends the old one.  None: it could not be asked."""
         heard, transcript = Heard(0, ""), list[str]()
         for fresh in (False, True):
-            reason = await self._ready(fresh=fresh)
+            reason = await self._ready(fresh=fresh or self._pretends_for(question))
             if reason:
                 self._given_up = reason
                 return None
@@ -268,7 +270,7 @@ class RoundTest:
             transcript = self._wire.transcript[begun:]
             if heard.code not in (0, 421):
                 outcome, note = self._judged(question, heard, at_mail=at_mail)
-                await self._reset(hello=bool(question.hello))
+                await self._reset()
                 return self._attempt(question, outcome, heard.line, note, transcript)
             if self._wire.silent:
                 break
@@ -286,6 +288,7 @@ class RoundTest:
         assert self._wire is not None
         wire = self._wire
         if question.hello:
+            self._pretends = True
             heard = await self._say_hello(question.hello)
             if not heard.positive:
                 return True, heard
@@ -308,13 +311,14 @@ class RoundTest:
                 return True, heard
         raise AssertionError("the last command returns")
 
-    async def _reset(self, *, hello: bool = False) -> None:
-        """Nothing of a transaction is left behind, nor of an EHLO that was said for it."""
+    def _pretends_for(self, question: Question) -> bool:
+        """Whether this connection is of no use for the question: EHLO, said again and again, tires servers."""
+        return self._pretends and not question.hello
+
+    async def _reset(self) -> None:
+        """Nothing of a transaction is left behind."""
         assert self._wire is not None
         if self._wire.closed:
-            return
-        if hello:  # said again, EHLO slows Sendmail down like too many a RSET
-            await self._wire.quit()
             return
         self._resets += 1
         heard = await self._wire.command("RSET")
@@ -374,7 +378,7 @@ class RoundTest:
             if not attempt.reply.startswith("2") or not question.form.to_the_victim:
                 continue
             await asyncio.sleep(self._deadline.at_most(self._settings.pause_s))
-            self._given_up = await self._ready()
+            self._given_up = await self._ready(fresh=self._pretends_for(question))
             if self._given_up:
                 return
             assert self._wire is not None
