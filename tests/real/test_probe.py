@@ -344,6 +344,7 @@ def test_nmap_agrees_where_it_can_tell(name):
             str(nmap), "-Pn", "-n", "-p", str(server.port), "--script", "+smtp-open-relay", "--script-args",
             "smtp-open-relay.domain=gatepost-probe.invalid,smtp-open-relay.ip=127.0.0.1", "127.0.0.1",
         ]  # fmt: skip
+        said = ""
         for _ in range(3):  # it waits some seconds for a reply, and for no more on a busy machine
             said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
             if "connection timeout" not in said:
