@@ -540,7 +540,12 @@ async def test_tls_from_the_first_octet(tls):
 
 async def test_who_cancels_a_test_leaves_no_connection_behind():
     asked, gone = asyncio.Event(), asyncio.Event()
-    server = Scripted(rcpt=lambda argument: asked.set() or "", over=gone)
+
+    def silent(argument: str) -> str:
+        asked.set()
+        return ""
+
+    server = Scripted(rcpt=silent, over=gone)
     async with server:
         test = asyncio.create_task(ask(server))
         async with asyncio.timeout(20.0):
