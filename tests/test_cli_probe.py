@@ -228,6 +228,20 @@ def test_an_inbox_without_the_mark_leaves_it_to_the_person(capsys):
     assert re.search(r"look for [0-9a-f]{16} in the mailbox of me@elsewhere\.test: there it is proof", out)
 
 
+def test_who_does_not_wait_for_the_message_gets_the_report(capsys, tmp_path, monkeypatch):
+    async def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatepost.probe.inbox.arrived", interrupted)
+    with LenientBackend("strict") as backend:
+        arguments = (f"127.0.0.1:{backend.port}", *LOCAL, "--deliver-to", "me@elsewhere.test")
+        inbox_and_report = ("--inbox", "http://127.0.0.1/", "--report", str(tmp_path / "report.json"))
+        code, out, _ = typed(capsys, *arguments, *inbox_and_report)
+    assert code == 1
+    assert "not seen at 127.0.0.1 yet" in out
+    assert (tmp_path / "report.json").exists()
+
+
 def test_a_configuration_is_not_needed_and_not_read(closed_server, capsys):
     code, _, _ = typed(capsys, f"127.0.0.1:{closed_server.port}", *LOCAL, "--config", "/nowhere/gatepost.toml")
     assert code == 0

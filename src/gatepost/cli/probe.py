@@ -118,7 +118,7 @@ def probe(
         progress = None if show is None else partial(_show_progress, show)
         report = asyncio.run(tester.probe(target, settings, progress))
         if inbox and report.delivery is not None and report.delivery.taken:
-            report = asyncio.run(_looked_at(report, inbox, inbox_wait, show))
+            report = _looked_at(report, inbox, inbox_wait, show)
     if as_json:
         say_json(evidence_object(report, circumstances))
     else:
@@ -148,14 +148,18 @@ def _inbox(url: str, wait_s: float, deliver: str, *, stdin: bool) -> str:
     return url
 
 
-async def _looked_at(report: Report, inbox: str, wait_s: float, show: Show | None) -> Report:
+def _looked_at(report: Report, inbox: str, wait_s: float, show: Show | None) -> Report:
     """The report, with what the inbox says of the message."""
     from gatepost.probe.inbox import arrived, inbox_host, with_arrival
 
     assert report.delivery is not None
     host = inbox_host(inbox)
     looking = None if show is None else partial(show, f"looking for {report.delivery.token} at {host}")
-    return with_arrival(report, found=await arrived(inbox, report.delivery.token, wait_s, looking), host=host)
+    try:
+        found = asyncio.run(arrived(inbox, report.delivery.token, wait_s, looking))
+    except KeyboardInterrupt:  # who waits no longer still wants the report
+        found = False
+    return with_arrival(report, found=found, host=host)
 
 
 def _source(written: str) -> Address | None:
