@@ -364,12 +364,13 @@ def _by_trust(
     Of several reasons a rate that is used up is told, for it passes; else that of the first entry in the file.
     """
     refusal: Refuse | Defer | None = None
+    texts = _Texts(transaction.reverse_path), _Texts(forward_path)
     for entry in withheld(rules, transaction.session):
-        if _missing(rules, entry, transaction, forward_path) is None:
+        if _missing(rules, entry, transaction, forward_path, texts) is None:
             refusal = Refuse(Reason.SUSPENDED, entry.where, entry.why)
             break
     for entry in grants(rules, transaction.session):
-        missing = _missing(rules, entry, transaction, forward_path)
+        missing = _missing(rules, entry, transaction, forward_path, texts)
         if missing is None:
             if rate_check(entry.where) not in failed:
                 return Trust(who(entry), entry.why, entry.owner, entry.where)
@@ -384,10 +385,31 @@ def expired(entry: TrustEntry | DenyEntry, now: float) -> bool:
     return entry.expires_at is not None and now >= entry.expires_at
 
 
+class _Texts:
+    """The texts of the patterns that match a path: made when the first narrowed grant is looked at, for all of them."""
+
+    __slots__ = ("_path", "_texts")
+
+    def __init__(self, path: ReversePath | ForwardPath) -> None:
+        self._path = path
+        self._texts: tuple[str, ...] = ()
+
+    def outside(self, wanted: frozenset[str]) -> bool:
+        """Whether none of these patterns matches."""
+        if not self._texts:
+            self._texts = tuple(pattern_texts(self._path))
+        return wanted.isdisjoint(self._texts)
+
+
 def _missing(
-    rules: RelayRules, entry: TrustEntry, transaction: Transaction, forward_path: ForwardPath
+    rules: RelayRules,
+    entry: TrustEntry,
+    transaction: Transaction,
+    forward_path: ForwardPath,
+    texts: tuple[_Texts, _Texts],
 ) -> Refuse | Defer | None:
-    """Why this grant does not cover the forward-path, whatever its rates."""
+    """Why this grant does not cover the forward-path, whatever its rates; ``texts`` are those of the two paths."""
+    reverse_texts, forward_texts = texts
     if expired(entry, transaction.now):
         return Refuse(Reason.EXPIRED_TRUST, entry.where, entry.why)
     login = transaction.session.mailbox_login
@@ -395,12 +417,10 @@ def _missing(
         return Refuse(Reason.MAILBOX_LOGIN, entry.where, entry.why)
     if entry.tls_minimum and _tls_version(transaction.session.tls) < _tls_version(f"TLSv{entry.tls_minimum}"):
         return Refuse(Reason.TLS_REQUIRED, entry.where, f"tls_minimum {entry.tls_minimum}")
-    if entry.reverse_texts and entry.reverse_texts.isdisjoint(pattern_texts(transaction.reverse_path)):
+    if entry.reverse_texts and reverse_texts.outside(entry.reverse_texts):
         return Refuse(Reason.NARROWED, entry.where, "reverse_paths")
     # A narrowed grant covers a forward-path only if no backend can read it as another one.
-    if entry.forward_texts and (
-        routing(rules, forward_path) or entry.forward_texts.isdisjoint(pattern_texts(forward_path))
-    ):
+    if entry.forward_texts and (routing(rules, forward_path) or forward_texts.outside(entry.forward_texts)):
         return Refuse(Reason.NARROWED, entry.where, "forward_paths")
     return None
 
