@@ -30,13 +30,8 @@ from typing import Final, NamedTuple, Protocol
 
 from gatepost.auth import Credentials, Denied, Outcome, Unavailable, Verified, Verifier
 from gatepost.auth.accounts import AccountStore, AccountsVerifier
-from gatepost.auth.dovecot import DovecotVerifier
-from gatepost.auth.imap import ImapVerifier
-from gatepost.auth.ldap import LdapVerifier
-from gatepost.auth.pop3 import Pop3Verifier
 from gatepost.auth.scram import SCRAM, SCRAM_PLUS, ScramExchange
 from gatepost.auth.settings import AuthSettings, LoginServer
-from gatepost.auth.smtp import SmtpVerifier
 from gatepost.errors import ConfigError
 from gatepost.smtp import sasl
 from gatepost.smtp.reply import Reply
@@ -358,23 +353,33 @@ def _verifiers(settings: AuthSettings, now: Callable[[], float]) -> Iterator[Ver
 
 
 def _elsewhere(name: str, settings: AuthSettings, now: Callable[[], float]) -> Verifier:
-    """One that asks another server.
+    """One that asks another server.  What is not asked is not loaded: some bring large libraries.
 
     Raises:
         ConfigError: a library that it needs is not installed, or it cannot be used as it is configured.
     """
     if name == "pop3" and settings.pop3 is not None:
+        from gatepost.auth.pop3 import Pop3Verifier  # noqa: PLC0415
+
         return Pop3Verifier(settings.pop3, judged=_judged(settings.pop3))
     if name == "imap" and settings.imap is not None:
+        from gatepost.auth.imap import ImapVerifier  # noqa: PLC0415
+
         return ImapVerifier(settings.imap, judged=_judged(settings.imap))
     if name == "smtp" and settings.smtp is not None:
+        from gatepost.auth.smtp import SmtpVerifier  # noqa: PLC0415
+
         return SmtpVerifier(settings.smtp, judged=_judged(settings.smtp), hello=settings.hello)
     if name == "ldap" and settings.ldap is not None:
+        from gatepost.auth.ldap import LdapVerifier  # noqa: PLC0415
+
         return LdapVerifier(settings.ldap)
     if name == "dovecot" and settings.dovecot is not None:
+        from gatepost.auth.dovecot import DovecotVerifier  # noqa: PLC0415
+
         return DovecotVerifier(settings.dovecot)
     if name == "oauth" and settings.oauth is not None:
-        from gatepost.auth.oauth import OauthVerifier  # noqa: PLC0415  joserfc, and with it cryptography
+        from gatepost.auth.oauth import OauthVerifier  # noqa: PLC0415
 
         return OauthVerifier(settings.oauth, now=now)
     raise ValueError(f"[auth] verify names {name}, and there is no [auth.{name}]")

@@ -221,8 +221,8 @@ class _Library:
 
     def __init__(self) -> None:
         try:
-            from anyldap import ldapfilter  # noqa: PLC0415  an optional dependency
-            from anyldap.protocols import pureldap  # noqa: PLC0415  as well
+            from anyldap import ldapfilter  # noqa: PLC0415 - see above
+            from anyldap.protocols import pureldap  # noqa: PLC0415
         except ImportError:
             raise ConfigError(
                 ["[auth.ldap] needs the Python package anyldap, which is not installed; install gatepost[ldap]"]

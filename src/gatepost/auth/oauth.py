@@ -284,7 +284,7 @@ class _Web:
         Raises:
             Trouble: the answer is not 200, or no JSON object of bounded size, or there is none.
         """
-        import aiohttp  # noqa: PLC0415  large, and no signed token needs it
+        import aiohttp  # noqa: PLC0415 - see above
 
         if self._session is None:
             self._session = aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
