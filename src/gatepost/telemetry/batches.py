@@ -58,8 +58,12 @@ class Batches(Generic[T]):
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def append(self, item: T, size: int) -> None:
-        """Hand over one item.  On the hot path; from one thread only."""
+    def append(self, item: T, size: int) -> bool:
+        """Hand over one item.  On the hot path; from one thread only.
+
+        Returns:
+            False where it was dropped for want of room.
+        """
         if self._lost != self._lost_counted:
             lost = self._lost
             self._tell_dropped(lost - self._lost_counted)
@@ -68,7 +72,7 @@ class Batches(Generic[T]):
         if waiting + size > self._size_max:
             self._dropped += 1
             self._tell_dropped(1)
-            return
+            return False
         self._queued += size
         self._queue.append((item, size))
         if not self._wake.is_set():
@@ -78,6 +82,11 @@ class Batches(Generic[T]):
             self._wake.set()
         if waiting > self._batch_size and not self._full.is_set():
             self._full.set()
+        return True
+
+    def flush(self) -> None:
+        """Write what waits now: somebody waits for it."""
+        self._full.set()
 
     def _tell_dropped(self, items: int) -> None:
         if self._count_dropped is not None:

@@ -1,0 +1,205 @@
+"""The journal's database: SQLite below the data directory, or PostgreSQL by one URL; the same tables, the same queries.
+
+Why: whoever asks the journal, and the one process that writes it, must get a sentence that can be acted on when a file
+    is damaged, a disk is full, a server is away or a newer version was here before.
+Trust: the database is the administrator's own; what stands in it came from strangers, and goes in and out as bound
+    values only.
+Promise: every error of the database is a StorageError that says what happened and what to do; a password in the URL is
+    in none of them.  SQLite: WAL, so that readers never wait for the writer; a commit is on the disk when it returns.
+Sources: SQLite, "Write-Ahead Logging"; RFC 3986 (the URL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from gatepost.errors import StorageError
+
+BUSY_S: Final = 10.0
+CONNECT_S: Final = 5
+_SQLITE_CACHE_KIB: Final = 64 << 10
+
+
+def sqlite_path(data: str) -> Path:
+    """Where the journal is kept where no URL is configured."""
+    return Path(data) / "journal" / "journal.sqlite"
+
+
+class Database:
+    """One database, whose tables may be there or not.
+
+    Args:
+        data: the gate's data directory; url: of PostgreSQL, "" for SQLite.
+        writes: its tables are made and brought up to date by ``prepare``.
+
+    Raises:
+        StorageError: the URL is none of PostgreSQL.
+    """
+
+    def __init__(self, data: str, url: str, *, writes: bool = False) -> None:
+        self._path = None if url else sqlite_path(data)
+        self._writes = writes
+        if self._path is None:
+            self._engine = _postgresql(url)
+            at = self._engine.url
+            self.name = f"PostgreSQL at {at.host or 'the local socket'}{f':{at.port}' if at.port else ''}/{at.database}"
+        else:
+            self._engine = _sqlite(self._path, writes=writes)
+            self.name = str(self._path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a file to read; a server is thought to be there."""
+        return self._path is None or self._path.exists()
+
+    @property
+    def dialect(self) -> str:
+        """Which of the two it is: "sqlite" or "postgresql"."""
+        return self._engine.dialect.name
+
+    def prepare(self) -> None:
+        """Make the tables, or bring them up to date.
+
+        Raises:
+            StorageError: it cannot be done, or a newer version of Gatepost was here.
+        """
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise StorageError(f"cannot make {self._path.parent}: {error.strerror}") from error
+        with self.transaction() as connection:
+            self._refuse_newer(connection)
+            alembic = _alembic()
+            alembic.attributes["connection"] = connection
+            command.upgrade(alembic, "head")
+
+    def check(self) -> bool:
+        """Whether the tables are there, as this version knows them.
+
+        Raises:
+            StorageError: a newer version of Gatepost made them, or it cannot be read.
+        """
+        if not self.exists:
+            return False
+        with self.transaction() as connection:
+            self._refuse_newer(connection)
+            return MigrationContext.configure(connection).get_current_revision() == _newest()
+
+    def _refuse_newer(self, connection: Connection) -> None:
+        current = MigrationContext.configure(connection).get_current_revision()
+        if current is None:
+            return
+        try:
+            known = _scripts().get_revision(current) is not None
+        except CommandError:
+            known = False
+        if not known:
+            raise StorageError(
+                f"the journal in {self.name} was made by a newer version of Gatepost (its schema is {current}, this "
+                f"version knows {_newest()}): run that version, or give this one another database"
+            )
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A transaction, committed at its end, rolled back where anything went wrong.
+
+        Raises:
+            StorageError: the database did not do it.
+        """
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            raise StorageError(self._sentence(error)) from error
+
+    def close(self) -> None:
+        """Let its connections go."""
+        self._engine.dispose()
+
+    def _sentence(self, error: SQLAlchemyError) -> str:
+        said = str(error.orig if isinstance(error, DBAPIError) else error).strip().partition("\n")[0]
+        if self._path is None:
+            return f"the journal in {self.name} does not answer as it should: {said}"
+        if "malformed" in said or "not a database" in said:
+            damaged = f"{self._path}.damaged"
+            return (
+                f"the journal in {self._path} is damaged ({said}). What comes is kept in the backlog beside it. Move "
+                f"it away: mv {self._path} {damaged}; rm -f {self._path}-wal {self._path}-shm; a new one is then made "
+                f"within a minute. What the old one held: sqlite3 {damaged} .recover"
+            )
+        return f"the journal in {self._path} cannot be {'written' if self._writes else 'read'}: {said}"
+
+
+def _sqlite(path: Path, *, writes: bool) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        connect_args={"timeout": BUSY_S, "check_same_thread": False},
+        poolclass=NullPool if not writes else None,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: sqlite3.Connection, _: object) -> None:
+        # The driver's own transactions begin late and end early: ours are begun below, and only there.
+        connection.isolation_level = None
+        for pragma in (
+            *(("journal_mode=WAL", "synchronous=FULL") if writes else ("query_only=ON",)),
+            f"cache_size=-{_SQLITE_CACHE_KIB}",
+            "temp_store=MEMORY",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgresql(url: str) -> Engine:
+    try:
+        at = make_url(url)
+    except ArgumentError:
+        raise StorageError('[store] url is none; write "postgresql://user:password@host:5432/database"') from None
+    if at.get_backend_name() not in ("postgresql", "postgres"):
+        raise StorageError(
+            f'[store] url begins with "{at.drivername}"; write one of PostgreSQL, or leave it out for SQLite'
+        )
+    options: dict[str, Any] = {"connect_timeout": CONNECT_S, "application_name": "gatepost"}
+    options = {name: value for name, value in options.items() if name not in at.query}
+    try:
+        return create_engine(
+            at.set(drivername="postgresql+psycopg"), connect_args=options, pool_pre_ping=True, pool_size=1
+        )
+    except (NoSuchModuleError, ImportError):
+        raise StorageError(
+            'the journal in PostgreSQL needs the driver psycopg: pip install "gatepost[postgresql]", or psycopg'
+        ) from None
+
+
+def _alembic() -> AlembicConfig:
+    config = AlembicConfig()
+    config.set_main_option("script_location", "gatepost:store/migrations")
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_alembic())
+
+
+def _newest() -> str:
+    return _scripts().get_current_head() or ""
