@@ -898,10 +898,6 @@ ACCOUNTS = '[[trust]]\naccounts = "*"\n'
             "10: [[trust]] accounts: AUTH is offered by no listener, so the entry matches no client",
         ),
         (
-            '[store]\nurl = "postgresql://x"\n',
-            "10: [store] url: this version keeps no records; the key has no effect",
-        ),
-        (
             '[tls]\nminimum = "1.1"\n',
             (
                 '10: [tls] minimum = "1.1": TLS 1.0 and 1.1 are broken (RFC 8996); write "1.2", and tls_minimum into '

@@ -1,7 +1,7 @@
 """The composition root: the one place where objects are built and joined.
 
-Why: three kinds of process make one gate.  ``run`` is the supervisor; it starts ``python -m gatepost.app worker`` and
-    ``python -m gatepost.app console`` and hands them what they need as file descriptors.
+Why: four kinds of process make one gate.  ``run`` is the supervisor; it starts ``python -m gatepost.app worker``,
+    ``console`` and ``journal`` and hands them what they need as file descriptors.
 Promise: a process imports what its part needs and no more: no web framework in a worker, no SMTP in the console.
 """
 
@@ -56,7 +56,7 @@ def run(config_path: str | None) -> int:
     async def supervise() -> None:
         supervisor = Supervisor(
             lambda: _plan(config_path),
-            Programs((*program, "worker"), (*program, "console")),
+            Programs((*program, "worker"), (*program, "console"), (*program, "journal")),
             _style(),
             notify_socket=os.environ.get("NOTIFY_SOCKET", ""),  # noqa: TID251  systemd's
         )
@@ -101,6 +101,7 @@ def _plan(config_path: str | None) -> Plan:
         console_where=loaded.sources.at(("console", "address")),
         sessions=gate.limits.sessions,
         backends=tuple(backend.name for backend in gate.backends),
+        journal=gate.journal if gate.journal.enabled else None,
         watch=tuple(dict.fromkeys(path for path in (config_path, *chain.from_iterable(gate.tls.certificates)) if path)),
         introduction=_introduction(loaded) if config_path is None else (),
         warnings=(*loaded.warnings, *_around(loaded)) if config_path is not None else (),
@@ -188,6 +189,26 @@ def _console_main(options: argparse.Namespace) -> int:
     return 0
 
 
+# ---- the journal's writer
+
+
+def _journal_main(options: argparse.Namespace) -> int:
+    from gatepost import config
+    from gatepost.store.keeper import Keeper
+
+    octets = os.pread(options.config, os.fstat(options.config).st_size, 0)
+    os.close(options.config)
+    metrics = Metrics(map_memory(options.metrics), options.index)
+    log = SessionLog(1, _style(), lock=options.metrics, dropped=metrics.log_dropped)
+    gate = config.load(octets, options.path).gate
+    keeper = Keeper(gate.data, gate.journal, metrics, log, lambda: datetime.now(UTC).timestamp())
+    try:
+        keeper.run(socket.socket(fileno=options.lifeline))
+    finally:
+        log.close()
+    return 0
+
+
 # ---- the entrance of child processes
 
 
@@ -203,6 +224,11 @@ def main(arguments: Sequence[str]) -> int:
     console.set_defaults(main=_console_main)
     for option in ("--socket", "--metrics", "--board", "--lifeline"):
         console.add_argument(option, type=int, required=True)
+    journal = parts.add_parser("journal")
+    journal.set_defaults(main=_journal_main)
+    for option in ("--config", "--metrics", "--index", "--lifeline"):
+        journal.add_argument(option, type=int, required=True)
+    journal.add_argument("--path", required=True)
     options = parser.parse_args(arguments)
     # The terminal's signals are for the supervisor alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -23,11 +23,13 @@ from gatepost.gate.settings import Limits, MailboxServer, Timeouts
 from gatepost.policy.relay import IPNetwork
 from gatepost.smtp.path import Pattern
 from gatepost.smtp.reply import Reply
+from gatepost.store.settings import JournalSettings
 
 LIMITS = Limits()
 TIMEOUTS = Timeouts()
 AUTH = AuthSettings()
 GUESSES = GuessLimits()
+JOURNAL = JournalSettings()
 MAILBOX = MailboxServer("", 0)
 PUBLIC_TRUST = 65536
 SELFTEST_S = 86400.0
@@ -561,9 +563,39 @@ class Console(Table):
 
 
 class Store(Table):
-    """Where records are kept. This version keeps none."""
+    """Where the journal is kept. Default: SQLite, in `journal/journal.sqlite` below data."""
 
-    url: Secret | None = Field(None, description="Has no effect in this version.")
+    url: Secret | None = Field(
+        None,
+        description='A PostgreSQL database: "postgresql://user:password@host:5432/database". It needs the extra '
+        "`postgresql` (the driver psycopg). Takes effect with a reload.",
+    )
+
+
+class Journal(Table):
+    """What is remembered of sessions, transactions and verdicts, for trace, explain, whosent and replay.
+
+    Never content, never a secret.
+    """
+
+    enabled: bool = Field(default=JOURNAL.enabled, description="Whether it is kept at all.")
+    before_reply: bool = Field(
+        default=JOURNAL.before_reply,
+        description="Whether a message's record is on the disk before its 250; a disk that does not take it then "
+        "defers the message with 451. Else it is there within a fifth of a second.",
+    )
+    keep: Annotated[Duration, Field(ge=3600)] = Field(
+        JOURNAL.keep_s, description="How long it is kept as it is. At least an hour."
+    )
+    pseudonyms: Annotated[Duration, NEVER] = Field(
+        JOURNAL.pseudonyms_s,
+        description="How long after that with keyed pseudonyms in place of clients, accounts and local-parts; 0 = not.",
+    )
+    backlog: Annotated[Bound, Field(ge=32 << 20, le=1 << 40)] = Field(
+        JOURNAL.backlog_octets,
+        description="What may wait on the disk while the database is away; beyond it, records are dropped and "
+        "counted, those of refusals first. At least 32 MiB.",
+    )
 
 
 class Counters(Table):
@@ -589,6 +621,7 @@ SECTIONS: dict[str, type[Table]] = {
     "timeouts": Timeout,
     "console": Console,
     "store": Store,
+    "journal": Journal,
     "counters": Counters,
 }
 """[table]: one each."""

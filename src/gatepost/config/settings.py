@@ -43,6 +43,7 @@ from gatepost.policy.admission import SendAsEntry, SendAsRules
 from gatepost.policy.prover import Listener, Proof
 from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, Reread, Route, TrustEntry
 from gatepost.smtp.path import Pattern
+from gatepost.store.settings import JournalSettings
 
 _DEFAULT_AUTH = {"mx": "off", "submission": "required", "inside": "offered"}
 _DEFAULT_SEND_AS = {"mx": "log", "submission": "enforce", "inside": "off"}
@@ -68,7 +69,7 @@ def build(document: Document, now: float, *, refuse_open: bool = True) -> GateSe
     auth = _auth(document, data, name)
     _refuse_lost_references(document)
     _judge_logins(document, listens, rules)
-    _warn_of_absent_parts(document)
+    journal = _journal(document)
     _refuse_open_relay(document, listens, rules, name, now, refuse=refuse_open)
     return GateSettings(
         name=name,
@@ -98,6 +99,7 @@ def build(document: Document, now: float, *, refuse_open: bool = True) -> GateSe
         send_as=_send_as(document, rules, now),
         open_relay=gate.open_relay == name,
         selftest_s=gate.selftest,
+        journal=journal,
     )
 
 
@@ -746,9 +748,25 @@ def _refuse_lost_references(document: Document) -> None:
                 document.problem((table, index, key), f"nothing has this name; {mend}", value=name)
 
 
-def _warn_of_absent_parts(document: Document) -> None:
-    if cast("schema.Store", document.tables["store"]).url is not None:
-        document.warning(("store", "url"), "this version keeps no records; the key has no effect")
+def _journal(document: Document) -> JournalSettings:
+    journal = cast("schema.Journal", document.tables["journal"])
+    secret = cast("schema.Store", document.tables["store"]).url
+    url = "" if secret is None else secret.reveal()
+    if secret is not None and not url.startswith(("postgresql://", "postgres://")):
+        # What stands there may be a password, and is not repeated.
+        document.problem(
+            ("store", "url"),
+            'this is no URL of PostgreSQL; write "postgresql://user:password@host:5432/database", or remove the key: '
+            "without it the journal is kept in SQLite",
+        )
+    return JournalSettings(
+        enabled=journal.enabled,
+        url="postgresql://" + url.partition("://")[2] if url else "",
+        before_reply=journal.before_reply,
+        keep_s=journal.keep,
+        pseudonyms_s=journal.pseudonyms,
+        backlog_octets=journal.backlog,
+    )
 
 
 def smtp_listeners(listens: Iterable[ListenSettings]) -> tuple[Listener, ...]:

@@ -28,6 +28,7 @@ from gatepost.gate.tls import AskingContext, TlsContext
 from gatepost.smtp.command import AUTH_OCTETS_MAX
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.sasl import Password
+from gatepost.store import Backlog, End, Record
 from gatepost.telemetry import LoginRecord, SessionRecord, rfc3339
 
 LOGIN_S = 60.0  # for a login, and for the next one after a refusal
@@ -400,6 +401,15 @@ class MailboxSession:
         if self.logged_in:
             return POP3_IDLE_S if self.facts.role == "pop3" else IMAP_IDLE_S
         return min(command_s, LOGIN_S)
+
+    def hand_over(self, journal: Backlog, end: End | None = None) -> None:
+        """What the journal is to know: the session's end."""
+        if end is not None:
+            journal.keep(Record(self.facts, (), end), end.ended)
+
+    def ending(self) -> End:
+        """How the session ended, for the journal."""
+        return End(self._started_s, self.server.now_s(), self._end, self._errors, logins=tuple(self._logins))
 
     def record(self) -> SessionRecord:
         """The session's one log line."""

@@ -61,13 +61,14 @@ from gatepost.smtp.content import ContentLimits
 from gatepost.smtp.path import ForwardPath
 from gatepost.smtp.preamble import ProxyDefect, ProxyHeader, ProxyParser
 from gatepost.smtp.reply import Reply
-from gatepost.store import Refusals, refusals_directory
+from gatepost.store import Backlog, backlog_directory
 from gatepost.telemetry import (
     BACKEND_SECONDS,
     BACKEND_STATE,
+    JOURNAL_DROPPED,
+    JOURNAL_STATE,
     MESSAGE_OCTETS,
     MESSAGES,
-    REFUSALS_DROPPED,
     REPLIES,
     SELFTEST,
     SESSIONS,
@@ -83,6 +84,7 @@ from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
 
 REFERENCE_OCTETS = 5
 SWEEP_S = 1.0
+NOTED_S = 0.1
 LINGER_S = 10.0  # for a peer to take the last reply
 PROBE_SWEEPS = 5  # a backend that is down is asked again so often
 SUSPENSION_SWEEPS = 5  # suspensions are counted so often, by the first worker for all
@@ -349,7 +351,8 @@ class Counts:
         self._replies: dict[tuple[str, str], int] = {}
         self._messages = {verdict: metrics.cell(MESSAGES, verdict) for verdict in ("accepted", "deferred", "refused")}
         self._octets = metrics.cell(MESSAGE_OCTETS)
-        self._refusals_dropped = metrics.cell(REFUSALS_DROPPED)
+        self._journal_dropped = metrics.cell(JOURNAL_DROPPED)
+        self._journal_state = metrics.cell(JOURNAL_STATE, "backlog")
         self._suspended = metrics.cell(TRUST_SUSPENDED)
         self._backends: dict[str, int] = {}
         self._sessions = {role: metrics.cell(SESSIONS, role) for role in ROLES}
@@ -389,9 +392,13 @@ class Counts:
         state = STATE_UNKNOWN if agrees is None else STATE_UP if agrees else STATE_DOWN
         self._metrics.put(self._metrics.cell(SELFTEST), state)
 
-    def refusals_dropped(self, refusals: int) -> None:
-        """So many refusals were not kept for `gatepost explain`."""
-        self._metrics.inc(self._refusals_dropped, refusals)
+    def journal_dropped(self, records: int) -> None:
+        """So many records are not in the journal."""
+        self._metrics.inc(self._journal_dropped, records)
+
+    def journal_state(self, up: bool) -> None:
+        """Whether the disk took what was written of the journal last."""
+        self._metrics.put(self._journal_state, STATE_UP if up else STATE_DOWN)
 
     def delivered(self, backend: str, seconds: float) -> None:
         """A backend gave its final reply to content."""
@@ -429,7 +436,9 @@ class Server:
         self.trace_key: TraceKey
         self.logins: Logins
         self.sources: Sources
-        self.refusals: Refusals
+        self.journal: Backlog | None = None
+        self._journal_octets = 0
+        self._noted: set[AnySession] = set()
         self.draining = False
         self._store: Store | None = None
         self._digests: Digests
@@ -478,6 +487,7 @@ class Server:
         assert self._store is not None
         uses = Uses(self._store)
         self.rates = Rates(self._counts, uses, settings)
+        self._keep_journal(settings)
         self.memory = Memory(settings.limits.memory_octets, settings.limits.message_memory_octets, temporary)
         self.content_limits = [_content_limits(settings.limits, normalise=normalise) for normalise in (False, True)]
         self._take_logins(settings, authenticator)
@@ -522,10 +532,25 @@ class Server:
                 state_directory(data), lambda text: self.log.event("counters", text, Level.WARNING)
             )
             self._digests = Digests.in_directory(state_directory(data))
-            self.refusals = Refusals(
-                refusals_directory(data),
-                dropped=self.metrics.refusals_dropped,
-                said=lambda text: self.log.event("refusals", text, Level.WARNING),
+
+    def _keep_journal(self, settings: GateSettings) -> None:
+        """As the settings say; what was handed over until now is written all the same."""
+        wanted = settings.journal
+        before, octets = self.journal, wanted.backlog_octets if wanted.enabled else 0
+        if octets == self._journal_octets:
+            return
+        if before is not None:
+            self._hand_over()
+            self.loop.run_in_executor(None, before.close)
+        self._journal_octets = octets
+        self.journal = None
+        if octets:
+            self.journal = Backlog(
+                backlog_directory(settings.data),
+                octets,
+                dropped=self.metrics.journal_dropped,
+                state=self.metrics.journal_state,
+                said=lambda text: self.log.event("journal", text, Level.WARNING),
             )
 
     def _authenticator_for(self, auth: AuthSettings) -> Authenticator:
@@ -638,7 +663,8 @@ class Server:
             self._counts.close()
         if self._store is not None:
             self._store.close()
-            await asyncio.to_thread(self.refusals.close)
+        if self.journal is not None:
+            await asyncio.to_thread(self.journal.close)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it ends; its exception, a fault of ours, is logged."""
@@ -699,8 +725,23 @@ class Server:
         self.occupancy.leave(session.counted if isinstance(session, Session) else session.facts.client.address)
         self.metrics.ended(session.facts.role)
         self.log.session(session.record())
+        if self.journal is not None:
+            session.hand_over(self.journal, session.ending())
+            self._noted.discard(session)
         if self.draining:
             self._idle.set()
+
+    def noted(self, session: Session) -> None:
+        """It has something for the journal, which waits a moment for more: most sessions end soon."""
+        if not self._noted:
+            self.loop.call_later(NOTED_S, self._hand_over)
+        self._noted.add(session)
+
+    def _hand_over(self) -> None:
+        noted, self._noted = self._noted, set()
+        if self.journal is not None:
+            for session in noted:
+                session.hand_over(self.journal)
 
     def close(self, connection: Connection) -> None:
         """Close when all is sent; a peer that does not take it is cut a little later."""

@@ -25,7 +25,7 @@ from gatepost.gate.connection import Connection, Ended
 from gatepost.gate.trace import trace_field, trace_head
 from gatepost.policy import admission, relay
 from gatepost.policy.relay import RelayRules, TrustEntry
-from gatepost.smtp import sasl
+from gatepost.smtp import header, sasl
 from gatepost.smtp.command import (
     NAMELESS,
     Auth,
@@ -55,9 +55,9 @@ from gatepost.smtp.server import (
     ServerEngine,
     State,
 )
-from gatepost.store import Refusal
+from gatepost.store import DELIVERING, Backlog, End, Entry, Record
 from gatepost.telemetry import LoginRecord, RecipientRecord, SessionRecord, TransactionRecord, rfc3339
-from gatepost.verdict import Admit, Defer, Finding, Reason, Refuse
+from gatepost.verdict import Admit, AdmittedRecipient, Defer, Finding, Reason, Refuse
 
 if TYPE_CHECKING:
     from gatepost.backend import Backend, Delivery
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from gatepost.smtp.content import ContentLimits
 
 OTHER = "other"
+BEFORE_REPLY_S = 10.0  # for the disk to take a record, where the configuration asks for it before the 250
 TOKEN_S = 60  # a session's trace token tells the time to the minute
 RECIPIENTS_LOGGED = 200  # of one transaction
 TRANSACTIONS_LOGGED = 100  # in one line; a longer session gets several lines
@@ -100,6 +101,7 @@ _ERRORS = Reply(421, "Too many errors; closing", "4.7.0")
 _TIMEOUT = Reply(421, "Timeout; closing", "4.4.2")
 _DRAINED = Reply(421, "This server is going down, try again later", "4.3.2")
 _INTERNAL = Reply(421, "Internal error; closing, try again later", "4.3.0")
+_NO_JOURNAL = Reply(451, "The journal cannot be written, try again later", "4.3.0")
 _NO_SPACE = Reply(452, "Not enough room for the message, try again later", "4.3.1")
 
 
@@ -107,12 +109,14 @@ class Session:
     """One client, from the greeting to the end of its connection."""
 
     __slots__ = (
+        "_admitted",
         "_backend",
         "_closing",
         "_content",
         "_counted",
         "_delivery",
         "_end",
+        "_entries",
         "_errors",
         "_exchange",
         "_front",
@@ -123,6 +127,7 @@ class Session:
         "_logins",
         "_mail",
         "_message_number",
+        "_number",
         "_refusals",
         "_rules",
         "_sealed_at",
@@ -167,6 +172,9 @@ class Session:
         self._errors = 0
         self._refusals = 0
         self._message_number = 0
+        self._number = 0
+        self._entries: list[tuple[SessionFacts, Entry]] = []
+        self._admitted: list[Entry] = []
         self._transactions: list[TransactionRecord] = []
         self._transaction_record: TransactionRecord
         self._closing = False
@@ -524,6 +532,7 @@ class Session:
         if size_octets and limit_octets and size_octets > limit_octets:  # RFC 1870 §6.1
             return _TOO_LARGE
         self._look_again()
+        self._number += 1
         transaction = TransactionFacts(self.facts, command.reverse_path, 0, time.time())  # noqa: TID251
         record: TransactionRecord = {
             "reverse_path": str(command.reverse_path),
@@ -581,6 +590,8 @@ class Session:
             # Two backends may answer differently and one reply cannot say so: RFC 5321 §4.5.3.1.10 lets us split.
             return self._refuse("rcpt", Defer(Reason.OTHER_ROUTE), record, transaction, command.forward_path, findings)
         reply = await self._delivery.rcpt(recipient, command.parameters)
+        if server.journal is not None:
+            self._note_recipient(recipient, transaction, reply)
         if reply.positive:
             self.transaction = TransactionFacts(
                 self.facts, mail.reverse_path, transaction.recipients + 1, transaction.now
@@ -647,6 +658,9 @@ class Session:
         message = f"{self.facts.reference}.{self._message_number}"
         record["message"] = message
         now = int(time.time())  # noqa: TID251
+        journal = server.journal
+        if journal is not None and not await self._known_before_delivery(journal, content, message, ended.size_octets):
+            return self._finish(_NO_JOURNAL, "journal")
         field = trace_field(
             self._trace_head(utf8=self._mail.parameters.smtputf8),
             message,
@@ -657,8 +671,12 @@ class Session:
         self._delivery = None  # from here on it is the backend's, to the end
         reply = await delivery.deliver(content, field)
         server.metrics.delivered(backend.name, server.loop.time() - began)
+        settled = self._settled(reply) if journal is not None else None
+        if settled is not None and server.settings.journal.before_reply and journal is not None:
+            await journal.keep_durably(settled, settled.entries[0].at, BEFORE_REPLY_S)  # that it was sent is known
+            settled = None
         # The one line where content is answered with 250: the reply is the backend's own.
-        return self._finish(reply, "accepted" if reply.positive else "backend")
+        return self._finish(reply, "accepted" if reply.positive else "backend", settled=settled)
 
     def _author(self, author: tuple[Mailbox, ...] | HeaderDefect, identity: Identity) -> Refuse | None:
         """Whether the account may not be the author that readers of this message will see."""
@@ -752,10 +770,27 @@ class Session:
             reply = verdict.reply or verdict.reason.reply(reference, verdict.hint)
         else:
             reply = verdict.reason.reply(reference)
-        backend = self._backend.name if self._backend is not None else ""
-        self.server.refusals.keep(
-            Refusal(reference, stage, transaction, forward_path, authors, backend, tuple(findings), verdict, reply.line)
-        )
+        if self.server.journal is not None:
+            self._note(
+                Entry(
+                    transaction.now,
+                    self._number,
+                    stage,
+                    transaction.reverse_path,
+                    forward_path,
+                    transaction.recipients,
+                    "refused" if isinstance(verdict, Refuse) else "deferred",
+                    record["reason"],
+                    reference,
+                    verdict.where,
+                    verdict.detail,
+                    verdict.hint if isinstance(verdict, Refuse) else "",
+                    reply.line,
+                    backend=self._backend.name if self._backend is not None else "",
+                    findings=tuple(findings),
+                    authors=authors,
+                )
+            )
         return self._answered(record, reply)
 
     @staticmethod
@@ -765,9 +800,21 @@ class Session:
             record["reply"] = reply.line
         return reply
 
-    def _finish(self, reply: Reply, why: str, *, counted: bool = False) -> Reply:
-        """The transaction is over, one way or the other."""
+    def _finish(self, reply: Reply, why: str, *, counted: bool = False, settled: Record | None = None) -> Reply:
+        """The transaction is over, one way or the other.
+
+        Args:
+            counted: the metrics have the reply; settled: what the journal is to know of a message that was delivered.
+        """
         record = self._transaction_record
+        now = time.time()  # noqa: TID251
+        if self._admitted:
+            word = "deferred" if reply.transient else "refused"
+            for entry in self._admitted:
+                self._note(entry._replace(at=now, stage="content", verdict=word, reason=why, reply=reply.line))
+            self._admitted = []
+        if settled is not None and self.server.journal is not None:
+            self.server.journal.keep(settled, now)
         record["verdict"] = verdict = "accepted" if reply.positive else "deferred" if reply.transient else "refused"
         record["reply"] = reply.line
         if not reply.positive:
@@ -789,10 +836,97 @@ class Session:
             self._content.close()
             self._content = None
         self._storage_failed = False
+        for entry in self._admitted:  # nothing came of it
+            self._note(entry)
+        self._admitted = []
         self.transaction = None
         self._mail = None
         self._counted = set()
         self._log_many()
+
+    # ---- the journal
+
+    def _note(self, entry: Entry) -> None:
+        """Something for the journal, with the facts as they are now."""
+        self._entries.append((self.facts, entry))
+        if len(self._entries) == 1:
+            self.server.noted(self)
+
+    def _note_recipient(self, recipient: AdmittedRecipient, transaction: TransactionFacts, reply: Reply) -> None:
+        """What policy admitted, and what the backend says of it."""
+        word = "admitted" if reply.positive else "deferred" if reply.transient else "refused"
+        entry = Entry(
+            transaction.now,
+            self._number,
+            "rcpt",
+            transaction.reverse_path,
+            recipient.forward_path,
+            transaction.recipients,
+            word,
+            "" if reply.positive else "backend",
+            by=recipient.authority.where,
+            reply=reply.line,
+            backend=recipient.backend,
+        )
+        if reply.positive:
+            self._admitted.append(entry)
+        else:
+            self._note(entry)
+
+    async def _known_before_delivery(self, journal: Backlog, content: Content, message: str, size_octets: int) -> bool:
+        """Whether the journal has what it must have before the backend may take the message."""
+        try:
+            message_id = header.message_id(content.header_section())
+        except StorageError:  # what cannot be read here cannot be delivered either, and is answered there
+            message_id = ""
+        self._admitted = [
+            entry._replace(stage="content", message=message, message_id=message_id, size=size_octets)
+            for entry in self._admitted
+        ]
+        if not self.server.settings.journal.before_reply:
+            return True
+        record = Record(self.facts, [entry._replace(reason=DELIVERING, reply="") for entry in self._admitted])
+        return await journal.keep_durably(record, time.time(), BEFORE_REPLY_S)  # noqa: TID251
+
+    def _settled(self, reply: Reply) -> Record | None:
+        """What became of a message that went to its backend; None where the journal was not kept when it came."""
+        admitted, self._admitted = self._admitted, []
+        if not admitted:
+            return None
+        now, line = time.time(), reply.line  # noqa: TID251
+        word = "accepted" if reply.positive else "deferred" if reply.transient else "refused"
+        settles, reason = self.server.settings.journal.before_reply, "" if reply.positive else "backend"
+        return Record(
+            self.facts,
+            [entry._replace(at=now, verdict=word, reason=reason, reply=line, settles=settles) for entry in admitted],
+        )
+
+    def hand_over(self, journal: Backlog, end: End | None = None) -> None:
+        """Give the journal what was noted, and the session's end."""
+        noted, self._entries = self._entries, []
+        facts = self.facts
+        while noted and noted[0][0] is not facts and noted[0][0] != facts:
+            # What was known has changed since: these go with what was known then.
+            then = noted[0][0]
+            same = [entry for known, entry in noted if known is then or known == then]
+            noted = [(known, entry) for known, entry in noted if known is not then and known != then]
+            journal.keep(Record(then, same), same[-1].at)
+        if noted or end is not None:
+            entries = [entry for _, entry in noted]
+            journal.keep(Record(facts, entries, end), end.ended if end is not None else entries[-1].at)
+
+    def ending(self) -> End:
+        """How the session ended, for the journal."""
+        return End(
+            self._started,
+            time.time(),  # noqa: TID251
+            self._end,
+            self._errors,
+            real_client=str(self._front.address) if self._front is not None else "",
+            logins=tuple(self._logins),
+        )
+
+    # ---- the log
 
     def _log_many(self) -> None:
         """A session that goes on and on gets a line now and then; what is remembered of it is bounded."""

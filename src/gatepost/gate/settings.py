@@ -11,6 +11,7 @@ from gatepost.counters.guesses import GuessLimits
 from gatepost.facts import IPAddress
 from gatepost.policy.admission import SendAsRules
 from gatepost.policy.relay import RelayRules
+from gatepost.store.settings import JournalSettings
 
 MIB = 1 << 20
 
@@ -134,6 +135,7 @@ class GateSettings:
         own_addresses: addresses of this host's listeners that are not wildcards (for address literals and loops).
         open_relay: strangers may send anywhere through this gate, and the administrator said so.
         selftest_s: the gate probes itself as often as that; 0 for never.
+        journal: what is remembered of sessions and verdicts, and where.
         auth: who verifies a login; guesses: how much guessing is borne; send_as: which accounts may send as whom.
     """
 
@@ -152,3 +154,4 @@ class GateSettings:
     send_as: SendAsRules = field(default_factory=SendAsRules)
     open_relay: bool = False
     selftest_s: float = 0.0
+    journal: JournalSettings = field(default_factory=JournalSettings)

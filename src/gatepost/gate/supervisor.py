@@ -26,7 +26,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +77,7 @@ class Plan:
         console: host and port, None for no console.
         sessions: how many a worker may hold, 0 for no limit.
         watch: files whose change means a reload.
+        journal: the settings of the journal, None for none; where they change, its writer begins anew.
         introduction: what a person should hear first.
         warnings: what loads, and should be known.
     """
@@ -92,6 +93,7 @@ class Plan:
     sessions: int = 0
     backends: tuple[str, ...] = ()
     watch: tuple[str, ...] = ()
+    journal: object = None
     introduction: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -106,6 +108,7 @@ class Programs(NamedTuple):
 
     worker: tuple[str, ...]
     console: tuple[str, ...]
+    journal: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -132,6 +135,24 @@ class _Worker:
     silent_ticks: int = 0
     problem: str = ""
     over: bool = False
+
+
+@dataclass(slots=True)
+class _Part:
+    """A process that serves no client: the console, or the journal's writer.
+
+    Attributes:
+        wanted: whether there is to be one now.
+        descriptors: what it inherits, by option; words: further options.
+        again: it is to begin anew, or to end where it is not wanted any more.
+    """
+
+    name: str
+    program: tuple[str, ...]
+    wanted: Callable[[], bool]
+    descriptors: Callable[[], contextlib.AbstractContextManager[dict[str, int]]]
+    words: Callable[[], tuple[str, ...]] = tuple
+    again: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)
@@ -207,6 +228,16 @@ class Supervisor:
         self._end_wanted = asyncio.Event()
         self._cut_wanted = False
         self._watch_again = asyncio.Event()
+        self._console = _Part(
+            "console", programs.console, lambda: self._console_socket is not None, self._console_descriptors
+        )
+        self._journal = _Part(
+            "journal",
+            programs.journal,
+            lambda: bool(programs.journal) and self._plan.journal is not None,
+            self._journal_descriptors,
+            lambda: ("--path", self._plan.path, "--index", str(len(self._workers) + 1)),
+        )
 
     # ---- start
 
@@ -291,8 +322,9 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for worker in self._workers:
                 group.create_task(self._keep_worker(worker))
-            console_over = asyncio.Event()
-            console = group.create_task(self._keep_console(console_over))
+            over, journal_over = asyncio.Event(), asyncio.Event()
+            console = group.create_task(self._keep_part(self._console, over))
+            journal = group.create_task(self._keep_part(self._journal, journal_over))
             others = [
                 group.create_task(duty) for duty in (self._announce(), self._reloads(), self._watch(), self._tick())
             ]
@@ -300,8 +332,10 @@ class Supervisor:
             await self._drain()
             for task in others:
                 task.cancel()
-            console_over.set()
+            over.set()
             await console
+            journal_over.set()  # last of all: it takes over what the workers left behind
+            await journal
         self._log.event("stop", "could not start" if self._start_failure else "stopped")
 
     async def _announce(self) -> None:
@@ -464,52 +498,71 @@ class Supervisor:
             case Configure() | Drain():
                 pass  # not for us, and saying it confers nothing
 
-    # ---- the console
+    # ---- the console and the journal's writer
 
-    async def _keep_console(self, over: asyncio.Event) -> None:
-        """As ``_keep_worker``.  The console ends with its lifeline, whose other end is ours alone."""
-        if self._console_socket is None:
-            return
+    async def _keep_part(self, part: _Part, over: asyncio.Event) -> None:
+        """As ``_keep_worker``.  It ends with its lifeline, whose other end is ours alone."""
         back_off = BackOff(self._times)
         while not over.is_set():
+            if not part.wanted():
+                await _first(over, part.again)
+                part.again.clear()
+                continue
             back_off.started()
             ours, theirs = pair()
-            descriptors = {
-                "--socket": self._console_socket.fileno(),
-                "--metrics": self._shared.metrics_fd,
-                "--board": self._shared.board_fd,
-                "--lifeline": theirs.fileno(),
-            }
-            options = [word for option, number in descriptors.items() for word in (option, str(number))]
             try:
-                with theirs:
-                    process = await children.spawn((*self._programs.console, *options), tuple(descriptors.values()))
+                with theirs, part.descriptors() as descriptors:
+                    options = {**descriptors, "--lifeline": theirs.fileno()}
+                    words = [word for option, number in options.items() for word in (option, str(number))]
+                    command = (*part.program, *words, *part.words())
+                    process = await children.spawn(command, tuple(options.values()))
             except OSError as error:
                 how = f"could not be started: {error}"
             else:
-                how = await self._console_life(process, over, ours)
+                how = await self._part_life(part, process, over, ours)
             finally:
                 ours.close()
-            if over.is_set():
-                return
+            if over.is_set() or part.again.is_set():
+                part.again.clear()
+                continue
             back_s = back_off.died()
-            text = f"the console {how}; it is started again {f'in {back_s:g} s' if back_s else 'at once'}"
-            self._log.event("console_died", text, Level.ERROR, how=how, back_s=back_s)
+            text = f"the {part.name} {how}; it is started again {f'in {back_s:g} s' if back_s else 'at once'}"
+            self._log.event(f"{part.name}_died", text, Level.ERROR, how=how, back_s=back_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(back_s):
                     await over.wait()
 
-    async def _console_life(self, process: Process, over: asyncio.Event, lifeline: socket.socket) -> str:
+    async def _part_life(self, part: _Part, process: Process, over: asyncio.Event, lifeline: socket.socket) -> str:
         try:
             async with asyncio.TaskGroup() as group:
                 dead = group.create_task(process.wait())
-                told = group.create_task(over.wait())
+                told = group.create_task(_first(over, part.again))
                 await asyncio.wait((dead, told), return_when=asyncio.FIRST_COMPLETED)
                 told.cancel()
                 lifeline.close()
                 return children.how_it_ended(await children.end(process, self._times.cut_s))
         finally:
             children.send_signal(process, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def _console_descriptors(self) -> Iterator[dict[str, int]]:
+        assert self._console_socket is not None
+        yield {
+            "--socket": self._console_socket.fileno(),
+            "--metrics": self._shared.metrics_fd,
+            "--board": self._shared.board_fd,
+        }
+
+    @contextlib.contextmanager
+    def _journal_descriptors(self) -> Iterator[dict[str, int]]:
+        # Its place among the metrics may be a dead one's.
+        self._metrics.clear_gauges(len(self._workers) + 1)
+        descriptor = create_memory("gatepost-config", len(self._plan.octets))
+        try:
+            os.pwrite(descriptor, self._plan.octets, 0)
+            yield {"--config": descriptor, "--metrics": self._shared.metrics_fd}
+        finally:
+            os.close(descriptor)
 
     # ---- reload
 
@@ -563,6 +616,8 @@ class Supervisor:
         if plan.watch != before.watch:
             self._fingerprint = _fingerprint(plan.watch)
             self._watch_again.set()
+        if plan.journal != before.journal:
+            self._journal.again.set()
         for text in (*plan.warnings, *_at_next_start(before, plan)):
             self._log.event("warning", text, Level.WARNING)
         self._log.event("reload", f"{plan.where} is in force", config=plan.path, generation=self._generation)
@@ -778,6 +833,15 @@ class Supervisor:
 
 
 _DRAINED = children.how_it_ended(0)
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(event.wait()) for event in events]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
 
 
 def _fingerprint(files: Sequence[str]) -> tuple[object, ...]:

@@ -27,6 +27,9 @@ from typing import Final
 from gatepost.smtp.path import ForwardPath, Mailbox, parse_forward_path
 
 AUTHORS_MAX = 100
+MESSAGE_ID_MAX = 250  # as it is kept; RFC 5322 §2.1.1 allows a line of 998 octets
+_MESSAGE_ID_WITHIN = 64 << 10
+_MESSAGE_ID = re.compile(rb"(?:[ \t]|\r\n(?=[ \t]))*([^\s]+)")
 
 _BARE = re.compile(rb"\0|\r(?!\n)|(?<!\r)\n")
 _FIELD = re.compile(rb"([!-9;-~]+)([ \t]*):")  # RFC 5322 §2.2; white space before the colon: §4.5
@@ -80,6 +83,25 @@ class _Wrong(ValueError):
     def __init__(self, defect: HeaderDefect) -> None:
         super().__init__(defect.value)
         self.defect = defect
+
+
+def message_id(section: bytes) -> str:
+    """What the message calls itself, for whoever looks for it later; "" where it does not say.
+
+    Args:
+        section: the header section; of several fields the first counts, as it does for most readers.
+
+    Returns:
+        As it stands there, at most ``MESSAGE_ID_MAX`` characters; nothing is judged by it.
+
+    Source: RFC 5322 §3.6.4.
+    """
+    lower = section[:_MESSAGE_ID_WITHIN].lower()
+    start = 0 if lower.startswith(b"message-id:") else lower.find(b"\nmessage-id:") + 1
+    if start == 0 and not lower.startswith(b"message-id:"):
+        return ""
+    value = _MESSAGE_ID.match(section, start + 11)
+    return value[1][:MESSAGE_ID_MAX].decode("utf-8", "replace") if value is not None else ""
 
 
 def author_addresses(section: bytes) -> tuple[Mailbox, ...] | HeaderDefect:

@@ -1,10 +1,25 @@
-"""What one gate remembers in files below its data directory.
+"""What one gate remembers of its sessions and verdicts: the journal.
 
-Why: whoever was refused asks days later, and the operator answers from what is kept here.
-Promise: what is here now is bounded and may be lost: the oldest goes when there is no more room, and what a full disk
-    does not take is dropped and counted.  It never delays a session and never fails one.
+Why: whoever was refused asks days later, and whoever complains about a message asks weeks later; the operator answers
+    from what is kept here.  A worker writes the ``backlog``, one process (``writer``) takes it over into the
+    ``database``, and commands read both (``journal``).
+Promise: a worker imports no SQL: only ``backlog`` and ``record`` stand behind the names below.
 """
 
-from gatepost.store.refusals import Refusal, Refusals, find, kept_since, reference_of, refusals_directory
+from gatepost.store.backlog import Backlog, backlog_directory
+from gatepost.store.record import DELIVERING, End, Entry, Record
+from gatepost.store.refusal import Refusal, reference_of, refusal_of
+from gatepost.store.settings import JournalSettings
 
-__all__ = ["Refusal", "Refusals", "find", "kept_since", "reference_of", "refusals_directory"]
+__all__ = [
+    "DELIVERING",
+    "Backlog",
+    "End",
+    "Entry",
+    "JournalSettings",
+    "Record",
+    "Refusal",
+    "backlog_directory",
+    "reference_of",
+    "refusal_of",
+]

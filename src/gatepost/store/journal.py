@@ -458,8 +458,9 @@ def _entry(row: Any) -> Entry:  # noqa: ANN401
         row.size,
         row.backend,
         row.would,
-        findings(more.get("findings", [])),
-        authors(more.get("authors", [])),
+        settles=False,
+        findings=findings(more.get("findings", [])),
+        authors=authors(more.get("authors", [])),
     )
 
 

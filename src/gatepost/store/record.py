@@ -37,6 +37,7 @@ SCHEMA: Final = 1
 DAMAGED: Final = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 MILLISECONDS_MAX: Final = 253402300799999  # the end of the year 9999
 
+DELIVERING: Final = "delivering"  # the reason of an entry that was kept before its message went to the backend
 STAGES: Final = ("mail", "rcpt", "content")
 VERDICTS: Final = ("accepted", "admitted", "deferred", "refused")
 
@@ -52,7 +53,8 @@ class Entry(NamedTuple):
         recipients: how many were admitted before it in the transaction.
         verdict: "accepted": the backend has the message; "admitted": a recipient of a transaction that brought no
             content; "deferred"; "refused".
-        reason: a member of ``verdict.Reason`` in lower case, or the gate's own word ("backend", "content", "storage").
+        reason: a member of ``verdict.Reason`` in lower case, or the gate's own word ("backend", "content", "storage");
+            ``DELIVERING``.
         reference: the one in the reply, "" where it carries none.
         by: file and line of the rule or of the authority, "" for the gate's own default.
         detail, hint: as in ``verdict.Refuse``.
@@ -61,6 +63,7 @@ class Entry(NamedTuple):
         size: octets of content.
         backend: which the transaction went to, "" before its first recipient.
         would: what a rule that is only watched would have done.
+        settles: it takes the place of the entries of its message that said "delivering".
         authors: whom the From field names, where the content was refused for it.
     """
 
@@ -82,6 +85,7 @@ class Entry(NamedTuple):
     size: int = 0
     backend: str = ""
     would: str = ""
+    settles: bool = False
     findings: tuple[Finding, ...] = ()
     authors: tuple[Mailbox, ...] = ()
 
@@ -197,6 +201,8 @@ def _entry_object(entry: Entry) -> dict[str, Any]:
         told["recipients"] = entry.recipients
     if entry.size:
         told["size"] = entry.size
+    if entry.settles:
+        told["settles"] = True
     if entry.findings:
         told["findings"] = [[found.check, found.result.value, found.evidence] for found in entry.findings]
     if entry.authors:
@@ -293,6 +299,7 @@ def entry_of(told: Mapping[str, Any]) -> Entry:
         verdict=one_of(told["verdict"], VERDICTS),
         **{name: text(told.get(name, "")) for name in _TEXTS},
         size=number(told.get("size", 0)),
+        settles=typed(told.get("settles", False), bool),
         findings=findings(told.get("findings", [])),
         authors=authors(told.get("authors", [])),
     )

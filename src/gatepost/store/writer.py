@@ -18,7 +18,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Table, delete, insert, select, update
+from sqlalchemy import Connection, Table, and_, bindparam, delete, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gatepost.errors import StorageError
@@ -26,7 +26,18 @@ from gatepost.facts import client_address
 from gatepost.store.backlog import backlog_directory, segments
 from gatepost.store.database import Database
 from gatepost.store.pseudonyms import Pseudonyms
-from gatepost.store.record import DAMAGED, STAGES, VERDICTS, milliseconds, number, one_of, parse, text, typed
+from gatepost.store.record import (
+    DAMAGED,
+    DELIVERING,
+    STAGES,
+    VERDICTS,
+    milliseconds,
+    number,
+    one_of,
+    parse,
+    text,
+    typed,
+)
 from gatepost.store.schema import BACKLOGS, ENTRIES, FACTS, SESSIONS, STATE
 from gatepost.store.segments import Position
 from gatepost.store.settings import JournalSettings
@@ -43,11 +54,16 @@ _UNTIL: Final = "pseudonymous until"
 
 
 class Rows(NamedTuple):
-    """What one line, or many, become."""
+    """What one line, or many, become.
+
+    Attributes:
+        settled: session and message whose entries said "delivering", and what became of them is known.
+    """
 
     facts: list[dict[str, Any]]
     entries: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
+    settled: list[tuple[str, str]]
 
 
 class Step(NamedTuple):
@@ -89,9 +105,9 @@ class Writer:
         self._position = self._where_we_were()
 
     @property
-    def waiting_octets(self) -> int:
-        """What of the backlog is not in the database."""
-        return self._segments.octets_after(self._position)
+    def position(self) -> Position:
+        """Up to where the backlog is in the database."""
+        return self._position
 
     def _where_we_were(self) -> Position:
         with self._database.transaction() as connection:
@@ -131,7 +147,7 @@ class Writer:
         return step
 
     def _rows(self, lines: list[bytes]) -> tuple[Rows, Step]:
-        rows = Rows([], [], [])
+        rows = Rows([], [], [], [])
         records = damaged = newer = 0
         back_ms = 0
         for line in lines:
@@ -145,8 +161,10 @@ class Writer:
                 damaged += 1
                 continue
             records += 1
-            for gathered, more in zip(rows, part, strict=True):
-                gathered.extend(more)
+            rows.facts.extend(part.facts)
+            rows.entries.extend(part.entries)
+            rows.sessions.extend(part.sessions)
+            rows.settled.extend(part.settled)
             for row in part.entries:
                 if row["at"] < self._latest_ms - CLOCK_BACK_MS:
                     back_ms = max(back_ms, self._latest_ms - row["at"])
@@ -163,8 +181,8 @@ class Writer:
             client = packed(text(session["client"]))
             identity = session.get("identity")
             account = _key("" if identity is None else text(identity["account"]))
-            about = {"session": reference, "client": client, "port": port, "account": account}
-            rows = Rows([], [], [])
+            about: dict[str, Any] = {"session": reference, "client": client, "port": port, "account": account}
+            rows = Rows([], [], [], [])
             facts = json.dumps(session, separators=(",", ":"))
             for told in typed(record.get("entries", []), list):
                 at = milliseconds(told["at"])
@@ -172,7 +190,10 @@ class Writer:
                 facts_id = self._pseudonyms.facts(day, facts.encode())
                 if facts_id not in self._facts:
                     rows.facts.append({"id": facts_id, "day": day, "session": facts})
-                rows.entries.append(about | _entry_row(told, at) | {"facts": facts_id})
+                row = about | _entry_row(told, at) | {"facts": facts_id}
+                if typed(told.get("settles", False), bool):
+                    rows.settled.append((reference, row["message"]))
+                rows.entries.append(row)
             end = record.get("end")
             if end is not None:
                 rows.sessions.append(_session_row(session, about, typed(end, dict)))
@@ -188,6 +209,12 @@ class Writer:
             )
         if rows.entries:
             connection.execute(insert(ENTRIES), rows.entries)
+        if rows.settled:
+            done = and_(ENTRIES.c.session == bindparam("s"), ENTRIES.c.message == bindparam("m"))
+            connection.execute(
+                delete(ENTRIES).where(done, ENTRIES.c.reason == DELIVERING),
+                [{"s": session, "m": message} for session, message in dict.fromkeys(rows.settled)],
+            )
         if rows.sessions:
             connection.execute(insert(SESSIONS), rows.sessions)
 

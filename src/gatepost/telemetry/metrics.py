@@ -7,7 +7,7 @@ Promise: each block has a single writer; cells are aligned 64-bit words, so a re
     torn one.  Counters never go down while the supervisor lives.  Every label set is finite: most are declared here,
     the names of backends get one of ``BACKENDS_MAX`` places when they are first configured and keep it.
 
-    Blocks 0 to n-1 belong to the workers, block n to the supervisor.
+    Blocks 0 to n-1 belong to the workers, block n to the supervisor, block n+1 to the journal's writer.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ REASONS = (
     "draining",
     "error",
     "errors",
+    "journal",
     "line_length",
     "loop",
     "proxy",
@@ -181,10 +182,27 @@ BACKEND_STATE: Final = _declare(
 LOG_DROPPED: Final = _declare(
     "gatepost_log_dropped_total", "Lines of the log dropped because nobody read them fast enough.", Kind.COUNTER
 )
-REFUSALS_DROPPED: Final = _declare(
-    "gatepost_refusals_dropped_total",
-    "Refusals that could not be kept for `gatepost explain`: the disk is full or slow.",
+JOURNAL_DROPPED: Final = _declare(
+    "gatepost_journal_dropped_total",
+    "Records that the journal could not keep: the disk is full or slow, or the backlog has as much as it may have.",
     Kind.COUNTER,
+)
+JOURNAL_DAMAGED: Final = _declare(
+    "gatepost_journal_damaged_total", "Lines of the journal's backlog that could not be read.", Kind.COUNTER
+)
+JOURNAL_RECORDS: Final = _declare(
+    "gatepost_journal_records_total", "Records taken over into the journal's database.", Kind.COUNTER
+)
+JOURNAL_WAITING: Final = _declare(
+    "gatepost_journal_waiting_octets",
+    "Octets of the journal's backlog that its database does not have yet.",
+    Kind.GAUGE,
+)
+JOURNAL_STATE: Final = _declare(
+    "gatepost_journal_up",
+    "1 when the journal's backlog on the disk, or its database, took what was written last; 0 when it did not.",
+    Kind.STATE,
+    {"part": ("backlog", "database")},
 )
 WORKERS_RESTARTED: Final = _declare(
     "gatepost_workers_restarted_total", "Worker processes that died and were started again.", Kind.COUNTER
@@ -250,8 +268,8 @@ class Metrics:
 
     @staticmethod
     def size_octets(workers: int) -> int:
-        """Memory for so many workers and the supervisor."""
-        return _BLOCKS_AT + (workers + 1) * CELLS * 8
+        """Memory for so many workers, the supervisor and the journal's writer."""
+        return _BLOCKS_AT + (workers + 2) * CELLS * 8
 
     @staticmethod
     def format(memory: memoryview) -> None:
