@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gatepost.console.readiness import readiness
+from gatepost.console.readiness import JournalState, readiness
 
 
 def state(**changes: Any) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def test_ready():
         "listeners": [{"name": "mx", "address": "127.0.0.1:25"}],
         "workers": 2,
         "backends": {"mail": "up"},
+        "journal": {"waiting_octets": 0, "dropped": 0},
         "selftest": "unknown",
         "warnings": [],
     }
@@ -98,3 +99,16 @@ def test_a_gate_that_does_not_do_what_its_rules_say_is_told_and_stays_ready():
     ]
     assert readiness(state(), {}, selftest=True)[1]["selftest"] == "agrees"
     assert readiness(state(), {}, selftest=True)[1]["warnings"] == []
+
+
+def test_a_journal_that_is_not_kept_makes_no_gate_unready_and_is_told():
+    journal = JournalState({"backlog": True, "database": False}, 4711, 3)
+    ready, body = readiness(state(), {"mail": True}, journal=journal)
+    assert ready
+    assert body["journal"] == {"backlog": "up", "database": "down", "waiting_octets": 4711, "dropped": 3}
+    assert body["warnings"] == [
+        "the journal's database does not take what comes: 4711 octets wait on the disk; the log says why",
+        "3 records of the journal were dropped since the start",
+    ]
+    _, body = readiness(state(), {"mail": True}, journal=JournalState({"backlog": False}))
+    assert body["warnings"] == ["the journal cannot be written: what comes is dropped and counted; the log says why"]

@@ -9,11 +9,29 @@ Promise: pure; what is unknown is not ready.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class JournalState(NamedTuple):
+    """How the journal is.
+
+    Attributes:
+        parts: of "backlog" and "database", whether it took what was written last; one that never was is missing.
+        waiting_octets: of the backlog that the database does not have.
+        dropped: records since the start.
+    """
+
+    parts: Mapping[str, bool]
+    waiting_octets: int = 0
+    dropped: int = 0
 
 
 def readiness(
-    state: Mapping[str, Any], backends: Mapping[str, bool], suspended: int = 0, selftest: bool | None = None
+    state: Mapping[str, Any],
+    backends: Mapping[str, bool],
+    suspended: int = 0,
+    selftest: bool | None = None,
+    journal: JournalState | None = None,
 ) -> tuple[bool, dict[str, Any]]:
     """The verdict, and the body that explains it.
 
@@ -22,7 +40,9 @@ def readiness(
         backends: of each backend that was ever asked, whether it answered when a worker last asked it.
         suspended: trusted addresses and listeners whose trust is suspended.
         selftest: whether the last self-test found what the rules say; None where none could tell.
+        journal: None where nobody knows.  Mail passes without it, so that it never makes the gate unready.
     """
+    kept = journal or JournalState({})
     problems = list(_problems(state))
     down = sorted(name for name, up in backends.items() if not up)
     body = {
@@ -31,9 +51,15 @@ def readiness(
         "listeners": state.get("listeners", []),
         "workers": len(state.get("workers", [])),
         "backends": {name: "up" if up else "down" for name, up in sorted(backends.items())},
+        "journal": {
+            **{part: "up" if up else "down" for part, up in sorted(kept.parts.items())},
+            "waiting_octets": kept.waiting_octets,
+            "dropped": kept.dropped,
+        },
         "selftest": "unknown" if selftest is None else "agrees" if selftest else "disagrees",
         "warnings": [
             *(f"backend {name} was last seen down: its mail is deferred with 451" for name in down),
+            *_journal_warnings(kept),
             *_suspension_warnings(suspended),
             *_selftest_warnings(selftest),
             *_reload_warnings(state),
@@ -57,6 +83,20 @@ def _problems(state: Mapping[str, Any]) -> list[str]:
     if not problems and not state.get("serving"):
         problems.append("starting: not every listener accepts yet")
     return problems
+
+
+def _journal_warnings(journal: JournalState) -> list[str]:
+    warnings = []
+    if journal.parts.get("database") is False:
+        warnings.append(
+            f"the journal's database does not take what comes: {journal.waiting_octets} octets wait on the disk; the "
+            "log says why"
+        )
+    if journal.parts.get("backlog") is False:
+        warnings.append("the journal cannot be written: what comes is dropped and counted; the log says why")
+    if journal.dropped:
+        warnings.append(f"{journal.dropped} records of the journal were dropped since the start")
+    return warnings
 
 
 def _suspension_warnings(suspended: int) -> list[str]:

@@ -16,8 +16,17 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from gatepost.console.exposition import CONTENT_TYPE, exposition
-from gatepost.console.readiness import readiness
-from gatepost.telemetry import BACKEND_STATE, SELFTEST, TRUST_SUSPENDED, Metrics, StatusBoard
+from gatepost.console.readiness import JournalState, readiness
+from gatepost.telemetry import (
+    BACKEND_STATE,
+    JOURNAL_DROPPED,
+    JOURNAL_STATE,
+    JOURNAL_WAITING,
+    SELFTEST,
+    TRUST_SUSPENDED,
+    Metrics,
+    StatusBoard,
+)
 
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -51,7 +60,14 @@ def application(metrics: Metrics, board: StatusBoard, version: str) -> FastAPI:
         backends = {sample.labels[0]: sample.value > 0 for sample in metrics.read(BACKEND_STATE)}
         suspended = sum(int(sample.value) for sample in metrics.read(TRUST_SUSPENDED))
         selftest = next((sample.value > 0 for sample in metrics.read(SELFTEST)), None)
-        ready, body = readiness(board.read(), backends, suspended, selftest)
+        journal = JournalState(
+            {sample.labels[0]: sample.value > 0 for sample in metrics.read(JOURNAL_STATE)},
+            *(
+                sum(int(sample.value) for sample in metrics.read(family))
+                for family in (JOURNAL_WAITING, JOURNAL_DROPPED)
+            ),
+        )
+        ready, body = readiness(board.read(), backends, suspended, selftest, journal)
         return JSONResponse(body, 200 if ready else 503)
 
     return app
