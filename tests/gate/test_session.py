@@ -16,8 +16,8 @@ from gatepost.policy import relay
 from gatepost.policy.relay import DenyEntry, LocalPattern, Route, TrustEntry
 from gatepost.smtp.path import ForwardPath, Mailbox, Pattern, Shape
 from gatepost.smtp.reply import Reply
-from gatepost.store import Refusal, find, reference_of, refusals_directory
-from gatepost.telemetry import MESSAGES, REFUSALS_DROPPED, REPLIES
+from gatepost.store import Refusal, backlog_directory, reference_of, refusal_of, waiting
+from gatepost.telemetry import JOURNAL_DROPPED, MESSAGES, REPLIES
 from gatepost.verdict import Reason, Refuse
 
 ENTRY = TrustEntry("g.toml:7", why="the printer", network=ip_network(f"{TRUSTED}/32"))
@@ -337,7 +337,8 @@ def kept(trial: Trial, reply: str) -> Refusal | None:
     """What was kept of the refusal whose reference is in this reply."""
     reference = reference_of(reply)
     assert reference is not None, reply
-    return find(refusals_directory(str(trial.data)), reference)
+    found = waiting(backlog_directory(str(trial.data)), reference)
+    return None if found is None else refusal_of(*found)
 
 
 async def test_a_refusal_is_kept_with_all_that_it_was_decided_on(trial):
@@ -389,23 +390,23 @@ async def test_a_refusal_in_the_administrators_words_is_kept_under_the_reference
     assert refusal.reply == "550 5.7.1 Not from there"
 
 
-async def test_where_refusals_cannot_be_kept_the_session_goes_on_and_the_operator_is_told(trial):
-    refusals_directory(str(trial.data)).write_bytes(b"")  # no directory can be made there
+async def test_where_the_journal_cannot_be_kept_the_session_goes_on_and_the_operator_is_told(trial):
+    (trial.data / "journal").write_bytes(b"")  # no directory can be made there
     await trial.apply()
     peer = await trial.greeted()
 
     async def refused() -> bool:
         (reply,) = await relay_attempt(peer, "one@far.example")
         assert reply.startswith("550 5.7.1 Relaying is prohibited [")
-        return bool(trial.lines("refusals"))
+        return bool(trial.lines("journal"))
 
     async with asyncio.timeout(PATIENCE_S):
         while not await refused():  # noqa: ASYNC110 - whoever is refused next tells of the one that was lost
             await asyncio.sleep(0.001)
-    (event,) = await trial.logged("refusals")
+    (event,) = await trial.logged("journal")
     assert event["level"] == "warning"
-    assert "cannot be kept" in event["text"]
-    assert trial.counted(REFUSALS_DROPPED) >= 1
+    assert "the journal cannot be written in" in event["text"]
+    assert trial.counted(JOURNAL_DROPPED) >= 1
 
 
 async def test_what_was_refused_before_a_drain_is_kept(trial):

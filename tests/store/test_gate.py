@@ -15,7 +15,7 @@ import pytest
 from tests.gatehouse import Gate
 from tests.real.mounts import mounted, small_disk
 
-from gatepost.store import find
+from gatepost.store import backlog_directory, waiting
 
 PATIENCE_S = 30.0
 
@@ -55,7 +55,7 @@ def refused(gate: Gate, number: int) -> list[str]:
 
 
 def kept(gate: Gate, reference: str) -> bool:
-    return find(gate.directory / "data" / "refusals", reference) is not None
+    return waiting(backlog_directory(str(gate.directory / "data")), reference) is not None
 
 
 def until_kept(gate: Gate, references: list[str]) -> None:
@@ -70,7 +70,8 @@ def test_all_workers_write_to_the_same_files(tmp_path):
         references = [reference for _ in range(20) for reference in refused(gate, 10)]
         until_kept(gate, references)
     assert all(kept(gate, reference) for reference in references)
-    assert sorted(path.name for path in (tmp_path / "data" / "refusals").iterdir()) == ["00000001.jsonl", "lock"]
+    backlog = backlog_directory(str(tmp_path / "data"))
+    assert sorted(path.name for path in backlog.iterdir()) == ["00000001.jsonl", "id", "lock"]
 
 
 def test_what_was_refused_before_the_gate_ended_is_kept(tmp_path):
@@ -100,19 +101,21 @@ def test_workers_that_are_killed_take_no_more_along_than_their_last_moment(tmp_p
 def dropped(gate: Gate) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{gate.console_port}/metrics", timeout=PATIENCE_S) as answer:
         text = answer.read().decode()
-    return float(re.findall(r"^gatepost_refusals_dropped_total (.*)$", text, re.MULTILINE)[0])
+    return float(re.findall(r"^gatepost_journal_dropped_total (.*)$", text, re.MULTILINE)[0])
 
 
 @pytest.mark.real
-def test_a_full_disk_costs_the_evidence_and_no_session(tmp_path):
-    small = tmp_path / "data" / "refusals"
+def test_a_full_disk_costs_entries_and_no_session(tmp_path):
+    small = tmp_path / "data" / "journal" / "backlog"
     small.mkdir(parents=True)
     with Gate(tmp_path, CONFIG, within=mounted(small_disk(small, "64k"))) as gate:
         end = time.monotonic() + PATIENCE_S
         while not dropped(gate):
             assert time.monotonic() < end, gate.said()
             refused(gate, 50)
-        gate.wait_for_line(lambda line: "refusals cannot be kept in" in line and "No space left on device" in line)
+        gate.wait_for_line(
+            lambda line: "the journal cannot be written in" in line and "No space left on device" in line
+        )
         assert refused(gate, 1)
         view = Path(f"/proc/{gate.workers()[0]}/root{small}/00000001.jsonl").read_bytes()
     assert view.endswith(b"}\n"), "no half line is left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gatepost.store.segments import Segments
+from gatepost.store.segments import Position, Segments
 
 OCTETS, FILES = 100, 3
 
@@ -52,21 +53,24 @@ def test_one_octet_more_begins_another_file(directory, segments):
     assert (directory / "00000002.jsonl").read_bytes() == line(1, 11)
 
 
-@pytest.mark.parametrize("batches", [FILES - 1, FILES, FILES + 1, FILES + 2])
-def test_the_oldest_file_goes_and_no_other(directory, segments, batches):
-    for number in range(batches):
+def test_beyond_as_many_files_as_there_may_be_nothing_is_taken_and_nothing_goes(directory, segments):
+    for number in range(FILES):
         segments.append(line(number, OCTETS))
-    kept = range(max(batches - FILES, 0), batches)
-    assert files(directory) == [f"{number + 1:08}.jsonl" for number in kept]
-    assert everything(directory) == b"".join(line(number, OCTETS) for number in kept)
+    with pytest.raises(OSError, match="it has as many files as it may have") as full:
+        segments.append(line(FILES, OCTETS))
+    assert full.value.errno == errno.ENOSPC
+    assert everything(directory) == b"".join(line(number, OCTETS) for number in range(FILES))
+    segments.forget_before(Position(2, 0))
+    segments.append(line(FILES, OCTETS))
+    assert files(directory) == [f"{number:08}.jsonl" for number in range(2, FILES + 2)]
 
 
-def test_more_files_than_there_may_be_are_brought_down(directory, segments):
-    directory.mkdir()
-    for number in range(1, 8):
-        (directory / f"{number:08}.jsonl").write_bytes(line(number, OCTETS))
-    segments.append(line(8))
-    assert files(directory) == ["00000006.jsonl", "00000007.jsonl", "00000008.jsonl"]
+def test_some_files_are_kept_for_what_matters_more(segments):
+    for number in range(FILES - 1):
+        segments.append(line(number, OCTETS), spare_files=1)
+    with pytest.raises(OSError, match="as many files"):
+        segments.append(line(7, OCTETS), spare_files=1)
+    segments.append(line(8, OCTETS), durable=True)
 
 
 def test_what_is_no_file_of_ours_is_let_be(directory, segments):
@@ -127,7 +131,6 @@ def test_the_newest_comes_first(segments):
     for number in range(25):
         segments.append(line(number))
     assert list(segments.lines_with(b"1\n")) == [line(21)[:-1], line(11)[:-1], line(1)[:-1]]
-    assert segments.first_line() == line(0)[:-1]
 
 
 def test_a_line_is_told_once_however_often_it_matches(segments):
@@ -143,8 +146,69 @@ def test_a_line_without_its_end_is_told(segments, directory):
 
 def test_nothing_is_made_by_reading(segments, directory):
     assert list(segments.lines_with(b"x")) == []
-    assert segments.first_line() == b""
+    assert segments.numbers() == []
+    assert segments.octets_after(Position()) == 0
+    assert segments.read(Position(), 100) == ([], Position())
     assert not directory.exists()
+
+
+# --- Reading on -------------------------------------------------------------------------------------------------------
+
+
+def read_all(segments: Segments, position: Position, octets_max: int) -> tuple[list[bytes], Position]:
+    lines: list[bytes] = []
+    while True:
+        more, behind = segments.read(position, octets_max)
+        if behind == position:
+            return lines, position
+        lines, position = lines + more, behind
+
+
+@pytest.mark.parametrize("octets_max", [20, 21, 50, 10_000])
+def test_reading_goes_on_where_it_was(segments, octets_max):
+    written = [b"%019d" % number for number in range(20)]
+    position = Position()
+    got: list[bytes] = []
+    for one in written:
+        segments.append(one + b"\n")
+        more, position = read_all(segments, position, octets_max)
+        got += more
+        segments.forget_before(position)
+    assert got == written
+    assert segments.octets_after(position) == 0
+    again, _ = read_all(segments, Position(), octets_max)
+    assert again == written[15:]
+
+
+def test_a_line_beyond_all_measure_is_passed_over(segments, directory):
+    directory.mkdir()
+    (directory / "00000001.jsonl").write_bytes(b"x" * 1000 + b"\none\n")
+    lines, _ = read_all(segments, Position(), 100)
+    assert lines[-1] == b"one"
+
+
+def test_a_line_that_is_being_written_is_waited_for_and_one_that_never_will_be_is_passed_over(segments, directory):
+    directory.mkdir()
+    (directory / "00000001.jsonl").write_bytes(b"one\ntwo")
+    lines, position = read_all(segments, Position(), 1000)
+    assert (lines, position) == ([b"one"], Position(1, 4))
+    (directory / "00000002.jsonl").write_bytes(b"three\n")
+    assert read_all(segments, position, 1000) == ([b"three"], Position(2, 6))
+
+
+def test_other_files_than_when_it_was_last_read_are_read_from_their_beginning(segments):
+    segments.append(b"one\n")
+    assert read_all(segments, Position(57, 1000), 1000)[0] == [b"one"]
+
+
+def test_what_was_read_goes_but_for_the_file_that_may_be_written(segments, directory):
+    for number in range(FILES):
+        segments.append(line(number, OCTETS))
+    _, position = read_all(segments, Position(), OCTETS)
+    segments.forget_before(position)
+    assert files(directory) == [f"{FILES:08}.jsonl"]
+    segments.append(b"x\n")
+    assert read_all(segments, position, OCTETS)[0] == [b"x"]
 
 
 # --- Several processes, and their end ---------------------------------------------------------------------------------

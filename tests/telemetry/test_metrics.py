@@ -147,9 +147,9 @@ def test_memory_of_another_version_is_refused():
     with pytest.raises(ValueError, match="restart it as a whole"):
         Metrics(memory, 0)
     Metrics.format(memory)
-    Metrics(memory, 1)
-    with pytest.raises(ValueError, match="no block 2"):
-        Metrics(memory, 2)
+    Metrics(memory, 2)
+    with pytest.raises(ValueError, match="no block 3"):
+        Metrics(memory, 3)
 
 
 def test_the_memory_of_several_processes_cannot_be_cut_off():

@@ -8,7 +8,7 @@ Promise: a worker imports no SQL: only ``backlog`` and ``record`` stand behind t
 
 from gatepost.store.backlog import Backlog, backlog_directory
 from gatepost.store.record import DELIVERING, End, Entry, Record
-from gatepost.store.refusal import Refusal, reference_of, refusal_of
+from gatepost.store.refusal import Refusal, reference_of, refusal_of, waiting
 from gatepost.store.settings import JournalSettings
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "backlog_directory",
     "reference_of",
     "refusal_of",
+    "waiting",
 ]

@@ -20,10 +20,11 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, func, or_, selec
 
 from gatepost.facts import Client, Identity, IPAddress, Session, client_address
 from gatepost.smtp.path import Shape
-from gatepost.store.backlog import backlog_directory, find
+from gatepost.store.backlog import backlog_directory
 from gatepost.store.database import Database
 from gatepost.store.pseudonyms import Pseudonyms
 from gatepost.store.record import DAMAGED, Entry, authors, findings, forward_path, reverse_path, session_of
+from gatepost.store.refusal import waiting
 from gatepost.store.schema import ENTRIES, FACTS, FORWARD_KEY, REVERSE_KEY, SESSIONS
 from gatepost.store.settings import JournalSettings
 from gatepost.store.writer import packed
@@ -214,10 +215,10 @@ class Journal:
         Raises:
             StorageError: neither can be read, or a newer version wrote it.
         """
-        for record in find(self._backlog, f'"reference":"{reference}"'.encode()):
-            for entry in record.entries:
-                if entry.reference == reference:
-                    return Kept(0, record.session.reference, record.session, entry, pseudonymous=False)
+        there = waiting(self._backlog, reference)
+        if there is not None:
+            session, entry = there
+            return Kept(0, session.reference, session, entry, pseudonymous=False)
         found = self.search(Query(reference=reference), 1)
         return found[0] if found else None
 

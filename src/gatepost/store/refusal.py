@@ -8,10 +8,12 @@ Trust: what a person typed or copied, with the misreadings that go with it.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from gatepost.facts import Session, Transaction
 from gatepost.smtp.path import ForwardPath, Mailbox
+from gatepost.store.backlog import find
 from gatepost.store.record import Entry
 from gatepost.verdict import Defer, Finding, Reason, Refuse
 
@@ -64,6 +66,22 @@ def refusal_of(session: Session, entry: Entry) -> Refusal | None:
         else Defer(reason, entry.by, entry.detail),
         reply=entry.reply,
     )
+
+
+def waiting(directory: Path, reference: str) -> tuple[Session, Entry] | None:
+    """The verdict that carried this reference, where it still stands in a backlog.
+
+    Args:
+        directory: of the backlog.
+
+    Raises:
+        StorageError: the files cannot be read, or a newer version wrote the line.
+    """
+    for record in find(directory, f'"reference":"{reference}"'.encode()):
+        for entry in record.entries:
+            if entry.reference == reference:
+                return record.session, entry
+    return None
 
 
 def reference_of(typed: str) -> str | None:

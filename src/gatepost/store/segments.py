@@ -145,8 +145,8 @@ class Segments:
             end = octets.rfind(b"\n") + 1
             if end:
                 return octets[: end - 1].split(b"\n"), Position(number, start + end)
-            if octets and number != numbers[-1]:
-                # Nobody writes here any more: the half line of a process that was killed, or a line beyond all measure.
+            if octets and (number != numbers[-1] or len(octets) == octets_max):
+                # Nobody will end it: the half line of a process that was killed, or a line beyond all measure.
                 return [], Position(number, start + len(octets))
         return [], position
 

@@ -42,7 +42,7 @@ from gatepost.store.schema import BACKLOGS, ENTRIES, FACTS, SESSIONS, STATE
 from gatepost.store.segments import Position
 from gatepost.store.settings import JournalSettings
 
-READ_OCTETS: Final = 1 << 20
+READ_OCTETS: Final = 2 << 20  # more than the longest line
 DAY_MS: Final = 86_400_000
 TIDY_ROWS: Final = 1000
 CLOCK_BACK_MS: Final = 60_000
