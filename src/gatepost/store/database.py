@@ -22,7 +22,7 @@ from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -125,6 +125,18 @@ class Database:
                 yield connection
         except SQLAlchemyError as error:
             raise StorageError(self._sentence(error)) from error
+
+    def insertion(self, table: Table, but: str) -> str:
+        """An INSERT for the driver's own use, with the values of a row in the order of the table's columns.
+
+        Args:
+            but: a column that the database fills by itself, "" for none.
+        """
+        quote = self._engine.dialect.identifier_preparer.quote
+        names = [quote(column.name) for column in table.columns if column.name != but]
+        mark = "%s" if self._path is None else "?"
+        # Names of ours, and no value.
+        return f"INSERT INTO {quote(table.name)} ({', '.join(names)}) VALUES ({', '.join([mark] * len(names))})"  # noqa: S608
 
     def close(self) -> None:
         """Let its connections go."""

@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Table, and_, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Table, and_, bindparam, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gatepost.errors import StorageError
@@ -46,11 +47,12 @@ READ_OCTETS: Final = 2 << 20  # more than the longest line
 DAY_MS: Final = 86_400_000
 TIDY_ROWS: Final = 1000
 CLOCK_BACK_MS: Final = 60_000
-_KEY_MAX: Final = 500  # of what is indexed: PostgreSQL takes 2,700 octets, and no path or domain is longer
-_TEXT_MAX: Final = 4000
+_KEY_MAX: Final = 600  # letters of a text: an index of PostgreSQL takes 2,700 octets, and no path or reply is longer
+_PLAIN_OCTETS: Final = 2000  # a line with no more of them holds no text that is too long for one
 _FACTS_KNOWN: Final = 50_000
 
 _UNTIL: Final = "pseudonymous until"
+_MESSAGE: Final = [column.name for column in ENTRIES.columns].index("message") - 1
 
 
 class Rows(NamedTuple):
@@ -60,10 +62,10 @@ class Rows(NamedTuple):
         settled: session and message whose entries said "delivering", and what became of them is known.
     """
 
-    facts: list[dict[str, Any]]
-    entries: list[dict[str, Any]]
-    sessions: list[dict[str, Any]]
-    settled: list[tuple[str, str]]
+    facts: dict[int, tuple[int, str]]
+    entries: list[tuple[Any, ...]]
+    sessions: list[tuple[Any, ...]]
+    settled: dict[tuple[str, str], None]
 
 
 class Step(NamedTuple):
@@ -135,8 +137,7 @@ class Writer:
             self._add(connection, rows)
             _put(connection, BACKLOGS, {"id": self._backlog}, {"segment": position.segment, "octets": position.octets})
         # Only now: what a transaction that failed had put there is not there.
-        for facts in rows.facts:
-            self._facts[facts["id"]] = None
+        self._facts.update(dict.fromkeys(rows.facts))
         while len(self._facts) > _FACTS_KNOWN:
             del self._facts[next(iter(self._facts))]
         self._position = position
@@ -147,76 +148,83 @@ class Writer:
         return step
 
     def _rows(self, lines: list[bytes]) -> tuple[Rows, Step]:
-        rows = Rows([], [], [], [])
-        records = damaged = newer = 0
-        back_ms = 0
+        rows = Rows({}, [], [], {})
+        records = damaged = newer = back_ms = 0
         for line in lines:
             try:
                 record = parse(line)
             except StorageError:
                 newer += 1
                 continue
-            part = None if record is None else self._rows_of(record)
-            if part is None:
+            entries = None if record is None else self._rows_of(record, line, rows)
+            if entries is None:
                 damaged += 1
                 continue
             records += 1
-            rows.facts.extend(part.facts)
-            rows.entries.extend(part.entries)
-            rows.sessions.extend(part.sessions)
-            rows.settled.extend(part.settled)
-            for row in part.entries:
-                if row["at"] < self._latest_ms - CLOCK_BACK_MS:
-                    back_ms = max(back_ms, self._latest_ms - row["at"])
-                    self._latest_ms = row["at"]  # said once
-                self._latest_ms = max(self._latest_ms, row["at"])
+            for at in entries:
+                if at < self._latest_ms - CLOCK_BACK_MS:
+                    back_ms = max(back_ms, self._latest_ms - at)
+                    self._latest_ms = at  # said once
+                self._latest_ms = max(self._latest_ms, at)
         return rows, Step(records, damaged, newer, back_ms / 1000)
 
-    def _rows_of(self, record: dict[str, Any]) -> Rows | None:
-        """None where the line is not exactly what it should be."""
+    def _rows_of(self, record: dict[str, Any], line: bytes, rows: Rows) -> list[int] | None:
+        """Add what a line becomes.
+
+        Returns:
+            The times of its entries; None where it is not exactly what it should be, and then nothing was added.
+        """
+        # JSON in ASCII: where nothing is escaped, nothing can be there that a database does not take.
+        plain = len(line) <= _PLAIN_OCTETS and b"\\u" not in line
         try:
             session = dict(typed(record["session"], dict))
             reference = _short(text(session.pop("reference")), 16)
-            port = number(session.pop("port"))
+            port = number(session.pop("port")) & 0xFFFF
             client = packed(text(session["client"]))
             identity = session.get("identity")
-            account = _key("" if identity is None else text(identity["account"]))
-            about: dict[str, Any] = {"session": reference, "client": client, "port": port, "account": account}
-            rows = Rows([], [], [], [])
-            facts = json.dumps(session, separators=(",", ":"))
+            account = _storable("" if identity is None else text(identity["account"]), _KEY_MAX)
+            entries: list[tuple[Any, ...]] = []
+            facts: dict[int, tuple[int, str]] = {}
+            settled: dict[tuple[str, str], None] = {}
+            written = ""
             for told in typed(record.get("entries", []), list):
                 at = milliseconds(told["at"])
+                written = written or json.dumps(session, separators=(",", ":"))
                 day = at // DAY_MS
-                facts_id = self._pseudonyms.facts(day, facts.encode())
-                if facts_id not in self._facts:
-                    rows.facts.append({"id": facts_id, "day": day, "session": facts})
-                row = about | _entry_row(told, at) | {"facts": facts_id}
+                known = self._pseudonyms.facts(day, written.encode())
+                facts[known] = (day, written)
+                row = _entry_row(told, at, (reference, known, client, port, account), plain=plain)
                 if typed(told.get("settles", False), bool):
-                    rows.settled.append((reference, row["message"]))
-                rows.entries.append(row)
+                    settled[reference, row[_MESSAGE]] = None
+                entries.append(row)
             end = record.get("end")
             if end is not None:
-                rows.sessions.append(_session_row(session, about, typed(end, dict)))
+                rows.sessions.append(_session_row(session, typed(end, dict), (reference, client, port, account)))
         except DAMAGED:
             return None
-        return rows
+        rows.entries.extend(entries)
+        rows.facts.update(facts)
+        rows.settled.update(settled)
+        return [row[0] for row in entries]
 
     def _add(self, connection: Connection, rows: Rows) -> None:
-        if rows.facts:
-            adding = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(FACTS)
-            connection.execute(
-                adding.on_conflict_do_nothing(), list({facts["id"]: facts for facts in rows.facts}.values())
-            )
-        if rows.entries:
-            connection.execute(insert(ENTRIES), rows.entries)
+        facts = [(known, *row) for known, row in rows.facts.items() if known not in self._facts]
+        for table, values, tail in (
+            (FACTS, facts, " ON CONFLICT DO NOTHING"),
+            (ENTRIES, rows.entries, ""),
+            (SESSIONS, rows.sessions, ""),
+        ):
+            if values:
+                # By the driver itself: to bind names to values costs as much as all the rest of a row.
+                connection.exec_driver_sql(
+                    self._database.insertion(table, but="id" if table is not FACTS else "") + tail, values
+                )
         if rows.settled:
             done = and_(ENTRIES.c.session == bindparam("s"), ENTRIES.c.message == bindparam("m"))
             connection.execute(
                 delete(ENTRIES).where(done, ENTRIES.c.reason == DELIVERING),
-                [{"s": session, "m": message} for session, message in dict.fromkeys(rows.settled)],
+                [{"s": session, "m": message} for session, message in rows.settled],
             )
-        if rows.sessions:
-            connection.execute(insert(SESSIONS), rows.sessions)
 
     # ---- retention
 
@@ -340,58 +348,84 @@ def _backlog_id(directory: Path) -> str:
 # --- One row ----------------------------------------------------------------------------------------------------------
 
 
-def _entry_row(told: dict[str, Any], at: int) -> dict[str, Any]:
-    reverse_path, forward_path = _key(text(told["reverse_path"])), told.get("forward_path")
+def _entry_row(
+    told: dict[str, Any], at: int, session: tuple[str, int, bytes, int, str], *, plain: bool
+) -> tuple[Any, ...]:
+    """In the order of the table's columns, without its id."""
+    reference, facts, client, port, account = session
+    get = told.get
+    forward_path = get("forward_path")
+    texts = [
+        told["reverse_path"], forward_path or "", get("reason", ""), get("reference", ""), get("by", ""),
+        get("detail", ""), get("hint", ""), get("reply", ""), get("message", ""), get("message_id", ""),
+        get("backend", ""), get("would", ""), get("shape", ""),
+    ]  # fmt: skip
+    for said in texts:
+        if type(said) is not str:
+            raise TypeError
+    if not plain:
+        texts = [_storable(said, _KEY_MAX) for said in texts]
+    reverse_path, forward, reason, refused_as, by, detail, hint, reply, message, message_id, backend, would, shape = (
+        texts
+    )
     more = {name: typed(told[name], list) for name in ("findings", "authors") if name in told}
-    return {
-        "at": at,
-        "number": number(told["number"]) & 0x7FFFFFFF,
-        "stage": one_of(told["stage"], STAGES),
-        "reverse_path": reverse_path,
-        "reverse_domain": domain_key(reverse_path),
-        "forward_path": None if forward_path is None else _key(text(forward_path)),
-        "forward_domain": None if forward_path is None else domain_key(_key(forward_path)),
-        "shape": _short(text(told["shape"]), 16) if "shape" in told else None,
-        "recipients": number(told.get("recipients", 0)) & 0x7FFFFFFF,
-        "verdict": one_of(told["verdict"], VERDICTS),
-        "reason": _key(text(told.get("reason", ""))),
-        "reference": _key(text(told.get("reference", ""))),
-        "by": _storable(text(told.get("by", ""))),
-        "detail": _storable(text(told.get("detail", ""))),
-        "hint": _storable(text(told.get("hint", ""))),
-        "reply": _storable(text(told.get("reply", ""))),
-        "message": _key(text(told.get("message", ""))),
-        "message_id": _key(text(told.get("message_id", ""))),
-        "size": number(told.get("size", 0)),
-        "backend": _key(text(told.get("backend", ""))),
-        "would": _storable(text(told.get("would", ""))),
-        "more": json.dumps(more, separators=(",", ":")) if more else None,
-        "pseudonymous": 0,
-    }
+    return (
+        at,
+        reference,
+        number(told["number"]) & 0x7FFFFFFF,
+        one_of(told["stage"], STAGES),
+        facts,
+        client,
+        port,
+        account,
+        reverse_path,
+        domain_key(reverse_path),
+        forward if forward_path is not None else None,
+        domain_key(forward) if forward_path is not None else None,
+        _short(shape, 16) or None,
+        number(get("recipients", 0)) & 0x7FFFFFFF,
+        one_of(told["verdict"], VERDICTS),
+        reason,
+        refused_as,
+        by,
+        detail,
+        hint,
+        reply,
+        message,
+        message_id,
+        number(get("size", 0)),
+        backend,
+        would,
+        json.dumps(more, separators=(",", ":")) if more else None,
+        0,
+    )
 
 
-def _session_row(session: dict[str, Any], about: dict[str, Any], end: dict[str, Any]) -> dict[str, Any]:
+def _session_row(session: dict[str, Any], end: dict[str, Any], about: tuple[str, bytes, int, str]) -> tuple[Any, ...]:
+    """In the order of the table's columns, without its id."""
+    reference, client, port, account = about
     logins = typed(end["logins"], list)
-    return {
-        "reference": about["session"],
-        "started": milliseconds(end["started"]),
-        "ended": milliseconds(end["ended"]),
-        "listen": _key(text(session["listen"])),
-        "role": _key(text(session["role"])),
-        "client": about["client"],
-        "port": about["port"],
-        "real_client": _key(text(end["real_client"])),
-        "hello": _storable(text(session["hello"])),
-        "tls": _key(text(session.get("tls", ""))),
-        "account": about["account"],
-        "certificate": _key(text(session.get("certificate", ""))),
-        "errors": number(end["errors"]) & 0x7FFFFFFF,
-        "how": _key(text(end["how"])),
-        "reply": _storable(text(end["reply"])),
-        "logins": json.dumps(logins, separators=(",", ":")) if logins else None,
-    }
+    return (
+        reference,
+        milliseconds(end["started"]),
+        milliseconds(end["ended"]),
+        _key(text(session["listen"])),
+        _key(text(session["role"])),
+        client,
+        port,
+        _key(text(end["real_client"])),
+        _key(text(session["hello"])),
+        _key(text(session.get("tls", ""))),
+        account,
+        _key(text(session.get("certificate", ""))),
+        number(end["errors"]) & 0x7FFFFFFF,
+        _key(text(end["how"])),
+        _key(text(end["reply"])),
+        json.dumps(logins, separators=(",", ":")) if logins else None,
+    )
 
 
+@lru_cache(maxsize=16384)
 def packed(client: str) -> bytes:
     """A client's 16 octets: an IPv4 address as IPv4-mapped.
 
@@ -407,9 +441,10 @@ def domain_key(path: str) -> str:
     return path.rpartition("@")[2].lower() if "@" in path else ""
 
 
-def _storable(said: str, octets_max: int = _TEXT_MAX) -> str:
-    """Text that both databases take: no NUL, no half of a surrogate pair."""
-    said = said[:octets_max]
+def _storable(said: str, length_max: int) -> str:
+    """Text that both databases take, and an index of PostgreSQL: no NUL, no half of a surrogate pair, not too long."""
+    if len(said) > length_max:
+        said = said[:length_max]
     if not said.isascii():
         said = said.encode("utf-8", "replace").decode()
     return said.replace("\0", "\ufffd") if "\0" in said else said
@@ -422,4 +457,4 @@ def _key(said: str) -> str:
 def _short(said: str, letters: int) -> str:
     if len(said) > letters:
         raise ValueError(said)
-    return _storable(said)
+    return _storable(said, letters)
