@@ -1,6 +1,6 @@
 #!/bin/sh
 # The real servers and clients that the tests talk to: Postfix, Exim, OpenSMTPD, Sendmail, Dovecot, OpenLDAP's slapd;
-# swaks, HAProxy, curl, nodemailer, msmtp, nmap; iproute2 for networks of their own.
+# PostgreSQL; swaks, HAProxy, curl, nodemailer, msmtp, nmap; iproute2 for networks of their own.
 #
 # Idempotent, and quick when all is there.  Installs packages only as root, where apt is, and never removes one: a
 # machine that has another mail server keeps it, and the tests that need Postfix say that they were skipped.  Nothing
@@ -37,6 +37,7 @@ missing() { # the packages that are to be installed
     [ -x /usr/lib/dovecot/pop3-login ] || echo dovecot-pop3d
     have slapd || echo slapd
     have ldapsearch || echo ldap-utils
+    ls -d /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || echo postgresql
     have ip || echo iproute2
     have nmap || echo nmap
     have m4 || echo m4

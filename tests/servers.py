@@ -14,6 +14,8 @@ Dovecot and slapd know users:
         ... log in at 127.0.0.1:{server.pop3_port}, {server.imap_port} or the auth protocol at {server.auth_path} ...
         server.set_password("alice@example.com", "changed")
 
+PostgreSQL keeps databases: ``server.url(NAME)``.
+
 What they started is ended by process id.  ``need(NAME)`` skips a test, with the reason, where a server or client is
 missing; under CI it fails: there everything is installed (tests/install-servers.sh).
 """
@@ -38,6 +40,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
+from urllib.parse import quote
 
 import pytest
 
@@ -117,6 +120,16 @@ def _slapd() -> Path:
     return _program("slapd", root=True)
 
 
+def _postgresql() -> Path:
+    if os.geteuid() != 0:
+        raise Missing("PostgreSQL must be started by root, who becomes its user")
+    _program("setpriv")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not found:
+        raise Missing("postgresql is not installed")
+    return found[-1]
+
+
 def _nodemailer() -> Path:
     _program("node")
     for directory in (Path("/usr/share/nodejs/nodemailer"), Path("/usr/lib/nodejs/nodemailer")):
@@ -142,6 +155,7 @@ _FINDERS: dict[str, Callable[[], Path]] = {
     "sendmail": _sendmail,
     "dovecot": _dovecot,
     "slapd": _slapd,
+    "postgresql": _postgresql,
     "nodemailer": _nodemailer,
     **{name: functools.partial(_program, name) for name in ("swaks", "haproxy", "curl", "node", "msmtp", "nmap")},
 }
@@ -193,6 +207,7 @@ class Server:
     hello: ClassVar[bytes] = b""
     greeting: ClassVar[bytes] = b"220"
     farewell: ClassVar[bytes] = b"QUIT\r\n"
+    end_signal: ClassVar[signal.Signals] = signal.SIGTERM
 
     def __init__(self, **options: Any) -> None:
         self.program = need(self.name)
@@ -265,7 +280,7 @@ class Server:
         process, self.process = self.process, None
         if process is None:
             return
-        process.terminate()
+        process.send_signal(self.end_signal)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         # What it has started is in the session that was made for it, and nothing else is; most of it in its group.
@@ -806,6 +821,54 @@ service auth {{
   }}
 }}
 """
+
+
+class PostgreSQL(Server):
+    """PostgreSQL with one user, who may do everything, and no database but its own.
+
+    Attributes:
+        password: of the user "gatepost".
+    """
+
+    name = "postgresql"
+    hello = bytes.fromhex("00 00 00 08 04 d2 16 2f")  # SSLRequest
+    greeting = b"N"
+    farewell = b""
+    end_signal = signal.SIGINT  # what clients have begun is broken off
+    password = "the database's password"
+
+    def _prepare(self) -> None:
+        self.directory.chmod(0o777)
+        secret = self.directory / "secret"
+        secret.write_text(self.password)
+        secret.chmod(0o644)
+        self._as_its_user(
+            str(self.program.with_name("initdb")), "-D", "cluster", "-U", "gatepost", "-A", "scram-sha-256",
+            "--pwfile", "secret", "-E", "UTF8", "--no-locale", "--no-sync",
+        )  # fmt: skip
+
+    def _as_its_user(self, *command: str) -> None:
+        done = subprocess.run(
+            [*_AS_POSTGRES, *command], cwd=self.directory, capture_output=True, check=False, timeout=START_S
+        )
+        assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+
+    def _command(self) -> list[str]:
+        options = {
+            "port": str(self.port),
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",
+            "fsync": "off",
+        }
+        words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        return [*_AS_POSTGRES, str(self.program), "-D", str(self.directory / "cluster"), *words]
+
+    def url(self, database: str) -> str:
+        """Of a database, with user and password."""
+        return f"postgresql://gatepost:{quote(self.password, safe='')}@127.0.0.1:{self.port}/{database}"
+
+
+_AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
 
 
 class Slapd(Server):

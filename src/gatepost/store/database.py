@@ -17,19 +17,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from alembic import command
-from alembic.config import Config as AlembicConfig
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    select,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from gatepost.errors import StorageError
+from gatepost.store.schema import REVISIONS
 
 BUSY_S: Final = 10.0
 CONNECT_S: Final = 5
+_REVISION: Final = Table("alembic_version", MetaData(), Column("version_num", String(32)))  # Alembic's own
 _SQLITE_CACHE_KIB: Final = 64 << 10
 
 
@@ -53,7 +62,7 @@ class Database:
         self._path = None if url else sqlite_path(data)
         self._writes = writes
         if self._path is None:
-            self._engine = _postgresql(url)
+            self._engine = _postgresql(url, writes=writes)
             at = self._engine.url
             self.name = f"PostgreSQL at {at.host or 'the local socket'}{f':{at.port}' if at.port else ''}/{at.database}"
         else:
@@ -82,10 +91,8 @@ class Database:
             except OSError as error:
                 raise StorageError(f"cannot make {self._path.parent}: {error.strerror}") from error
         with self.transaction() as connection:
-            self._refuse_newer(connection)
-            alembic = _alembic()
-            alembic.attributes["connection"] = connection
-            command.upgrade(alembic, "head")
+            if self._revision(connection) != REVISIONS[-1]:
+                _upgrade(connection)
 
     def check(self) -> bool:
         """Whether the tables are there, as this version knows them.
@@ -96,22 +103,19 @@ class Database:
         if not self.exists:
             return False
         with self.transaction() as connection:
-            self._refuse_newer(connection)
-            return MigrationContext.configure(connection).get_current_revision() == _newest()
+            return self._revision(connection) == REVISIONS[-1]
 
-    def _refuse_newer(self, connection: Connection) -> None:
-        current = MigrationContext.configure(connection).get_current_revision()
-        if current is None:
-            return
-        try:
-            known = _scripts().get_revision(current) is not None
-        except CommandError:
-            known = False
-        if not known:
+    def _revision(self, connection: Connection) -> str:
+        """Of the tables that are there; "" for none."""
+        if not inspect(connection).has_table(_REVISION.name):
+            return ""
+        current = connection.execute(select(_REVISION.c.version_num)).scalar_one_or_none() or ""
+        if current and current not in REVISIONS:
             raise StorageError(
                 f"the journal in {self.name} was made by a newer version of Gatepost (its schema is {current}, this "
-                f"version knows {_newest()}): run that version, or give this one another database"
+                f"version knows {REVISIONS[-1]}): run that version, or give this one another database"
             )
+        return current
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -156,12 +160,14 @@ class Database:
         return f"the journal in {self._path} cannot be {'written' if self._writes else 'read'}: {said}"
 
 
+def _pool(*, writes: bool) -> dict[str, Any]:
+    """One connection for who writes all the time; one for each question for who asks."""
+    return {"pool_size": 1, "max_overflow": 0, "pool_pre_ping": True} if writes else {"poolclass": NullPool}
+
+
 def _sqlite(path: Path, *, writes: bool) -> Engine:
-    engine = create_engine(
-        f"sqlite:///{path}",
-        connect_args={"timeout": BUSY_S, "check_same_thread": False},
-        poolclass=NullPool if not writes else None,
-    )
+    options = {"timeout": BUSY_S, "check_same_thread": False}
+    engine = create_engine(f"sqlite:///{path}", connect_args=options, **_pool(writes=writes))
 
     @event.listens_for(engine, "connect")
     def _connected(connection: sqlite3.Connection, _: object) -> None:
@@ -181,7 +187,7 @@ def _sqlite(path: Path, *, writes: bool) -> Engine:
     return engine
 
 
-def _postgresql(url: str) -> Engine:
+def _postgresql(url: str, *, writes: bool) -> Engine:
     try:
         at = make_url(url)
     except ArgumentError:
@@ -193,25 +199,20 @@ def _postgresql(url: str) -> Engine:
     options: dict[str, Any] = {"connect_timeout": CONNECT_S, "application_name": "gatepost"}
     options = {name: value for name, value in options.items() if name not in at.query}
     try:
-        return create_engine(
-            at.set(drivername="postgresql+psycopg"), connect_args=options, pool_pre_ping=True, pool_size=1
-        )
+        return create_engine(at.set(drivername="postgresql+psycopg"), connect_args=options, **_pool(writes=writes))
     except (NoSuchModuleError, ImportError):
         raise StorageError(
             'the journal in PostgreSQL needs the driver psycopg: pip install "gatepost[postgresql]", or psycopg'
         ) from None
 
 
-def _alembic() -> AlembicConfig:
-    config = AlembicConfig()
+def _upgrade(connection: Connection) -> None:
+    # Here: whoever only reads need not wait half a second for it.
+    from alembic import command  # noqa: PLC0415
+    from alembic.config import Config  # noqa: PLC0415
+
+    config = Config()
     config.set_main_option("script_location", "gatepost:store/migrations")
     config.set_main_option("path_separator", "os")
-    return config
-
-
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_alembic())
-
-
-def _newest() -> str:
-    return _scripts().get_current_head() or ""
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")

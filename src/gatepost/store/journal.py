@@ -23,7 +23,16 @@ from gatepost.smtp.path import Shape
 from gatepost.store.backlog import backlog_directory
 from gatepost.store.database import Database
 from gatepost.store.pseudonyms import Pseudonyms
-from gatepost.store.record import DAMAGED, Entry, authors, findings, forward_path, reverse_path, session_of
+from gatepost.store.record import (
+    DAMAGED,
+    MILLISECONDS_MAX,
+    Entry,
+    authors,
+    findings,
+    forward_path,
+    reverse_path,
+    session_of,
+)
 from gatepost.store.refusal import waiting
 from gatepost.store.schema import ENTRIES, FACTS, FORWARD_KEY, REVERSE_KEY, SESSIONS
 from gatepost.store.settings import JournalSettings
@@ -142,15 +151,17 @@ class Journal:
         """How the database goes about ``search``, in its own words."""
         with self._database.transaction() as connection:
             statement = self._statement(connection, query, limit)
-            compiled = statement.compile(connection, compile_kwargs={"literal_binds": True})
+            compiled = statement.compile(connection, compile_kwargs={"render_postcompile": True})
             if self._database.dialect == "sqlite":
-                return [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}")]
-            return [row[0] for row in connection.exec_driver_sql(f"EXPLAIN {compiled}".replace("%", "%%"))]
+                values = tuple(compiled.params[name] for name in compiled.positiontup or ())
+                return [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", values)]
+            return [row[0] for row in connection.exec_driver_sql(f"EXPLAIN {compiled}", dict(compiled.params))]
 
     def after(self, row_id: int, query: Query, limit: int) -> list[Kept]:
         """The entries that came in behind this one, the oldest first, as far as the query means them."""
         if self.empty and not self._look_again():
             return []
+        query = _bindable(query)
         with self._database.transaction() as connection:
             statement = select(ENTRIES).where(ENTRIES.c.id > row_id, *self._filters(query)).order_by(ENTRIES.c.id)
             return self._kept(connection, statement.limit(limit))
@@ -166,6 +177,7 @@ class Journal:
         """How many entries the query means."""
         if self.empty:
             return 0
+        query = _bindable(query)
         with self._database.transaction() as connection:
             key, _ = self._key(connection, query)
             filters = self._filters(query, but=key)
@@ -183,7 +195,7 @@ class Journal:
         """
         if self.empty:
             return
-        at, last_id, end = int(since * 1000), 0, int(until * 1000)
+        at, last_id, end = _ms(since), 0, _ms(until)
         while True:
             behind = or_(ENTRIES.c.at > at, and_(ENTRIES.c.at == at, ENTRIES.c.id > last_id))
             statement = (
@@ -236,7 +248,7 @@ class Journal:
         """The newest sessions by reference, client, network, account or time, the newest first."""
         if self.empty:
             return []
-        columns = SESSIONS.c
+        query, columns = _bindable(query), SESSIONS.c
         conditions: list[ColumnElement[bool]] = []
         if query.session:
             conditions.append(columns.reference == query.session)
@@ -255,6 +267,7 @@ class Journal:
     # ---- the key that is looked up
 
     def _statement(self, connection: Connection, query: Query, limit: int) -> Select[Any]:
+        query = _bindable(query)
         key, dense = self._key(connection, query)
         filters = self._filters(query, but="" if dense else key)
         newest = (ENTRIES.c.at.desc(), ENTRIES.c.id.desc())
@@ -398,7 +411,7 @@ _KEYS: Final = (
 
 
 def _both(path: str, pseudonym: Callable[[str], str]) -> list[str]:
-    return [path, pseudonym(path)]
+    return list(dict.fromkeys((path, pseudonym(path))))
 
 
 def _range(network: IPNetwork) -> tuple[bytes, bytes]:
@@ -406,8 +419,22 @@ def _range(network: IPNetwork) -> tuple[bytes, bytes]:
 
 
 def _times(query: Query) -> tuple[int, int]:
-    since = 0 if query.since is None else int(query.since * 1000)
-    return since, _FOREVER_MS if query.until is None else int(query.until * 1000)
+    return _ms(query.since or 0.0), _FOREVER_MS if query.until is None else _ms(query.until)
+
+
+def _ms(seconds: float) -> int:
+    """Within what a calendar has; what is no number is its beginning."""
+    return int(min(seconds, MILLISECONDS_MAX / 1000) * 1000) if seconds > 0 else 0
+
+
+def _bindable(query: Query) -> Query:
+    """Without what no database takes, and no row has."""
+    clean: dict[str, Any] = {
+        name: value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+        for name, value in query._asdict().items()
+        if isinstance(value, str)
+    }
+    return query._replace(**clean)
 
 
 def _between(query: Query) -> list[ColumnElement[bool]]:

@@ -18,6 +18,9 @@ from typing import Final
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, SmallInteger, String, Table, Text
 from sqlalchemy.sql import func
 
+REVISIONS: Final = ("0001",)
+"""What ``migrations`` knows, the newest last."""
+
 METADATA: Final = MetaData()
 
 # SQLite counts rows by itself only in a column that is exactly INTEGER.

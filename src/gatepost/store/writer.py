@@ -36,6 +36,7 @@ from gatepost.store.record import (
     number,
     one_of,
     parse,
+    session_of,
     text,
     typed,
 )
@@ -192,7 +193,9 @@ class Writer:
                 written = written or json.dumps(session, separators=(",", ":"))
                 day = at // DAY_MS
                 known = self._pseudonyms.facts(day, written.encode())
-                facts[known] = (day, written)
+                if known not in self._facts and known not in facts:
+                    session_of({**session, "reference": reference, "port": port})  # what cannot be read is not written
+                    facts[known] = (day, written)
                 row = _entry_row(told, at, (reference, known, client, port, account), plain=plain)
                 if typed(told.get("settles", False), bool):
                     settled[reference, row[_MESSAGE]] = None
@@ -208,7 +211,7 @@ class Writer:
         return [row[0] for row in entries]
 
     def _add(self, connection: Connection, rows: Rows) -> None:
-        facts = [(known, *row) for known, row in rows.facts.items() if known not in self._facts]
+        facts = [(known, *row) for known, row in rows.facts.items()]
         for table, values, tail in (
             (FACTS, facts, " ON CONFLICT DO NOTHING"),
             (ENTRIES, rows.entries, ""),
@@ -246,7 +249,7 @@ class Writer:
                 done = self._make_pseudonymous(connection, keep_ms)
             if not done:
                 # Whole days: nobody refers to them any more, but for rows that are pseudonymous and say so.
-                done = connection.execute(delete(FACTS).where(FACTS.c.day < keep_ms // DAY_MS - 1)).rowcount
+                done = connection.execute(delete(FACTS).where(FACTS.c.day < keep_ms // DAY_MS)).rowcount
         return done
 
     def _make_pseudonymous(self, connection: Connection, keep_ms: int) -> int:
