@@ -134,7 +134,7 @@ def test_a_drain_lets_content_in_flight_end(tmp_path):
 def test_without_its_supervisor_nothing_stays(tmp_path):
     with Gate(tmp_path, CONFIG.format(workers=2)) as gate:
         children = gate.processes()[1:]
-        assert len(children) == 3
+        assert len(children) == 4
         os.kill(gate.pid, signal.SIGKILL)
         descriptors = [os.pidfd_open(pid) for pid in children if Path(f"/proc/{pid}").exists()]
         for descriptor in descriptors:

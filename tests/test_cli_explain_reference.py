@@ -20,10 +20,10 @@ from tests.gatehouse import Gate
 
 from gatepost import cli
 from gatepost.facts import Client as ClientFacts
-from gatepost.facts import Identity, MailboxLogin, Session, Transaction
+from gatepost.facts import Identity, MailboxLogin, Session
 from gatepost.smtp.path import NULL_REVERSE_PATH, ForwardPath, Mailbox, Shape
-from gatepost.store import Refusal, Refusals
-from gatepost.verdict import Defer, Finding, Reason, Refuse, Result
+from gatepost.store import Backlog, Entry, Record, backlog_directory
+from gatepost.verdict import Finding, Reason, Result
 
 PATIENCE_S = 20.0
 PASSWORD = "correct horse battery"
@@ -450,21 +450,22 @@ def test_a_listener_that_is_gone_is_taken_for_what_it_was(gate, client, changed)
 def kept(directory: Path, **changes: Any) -> str:
     """A refusal that a gate kept here."""
     session = Session("K7Q2M9XD", ClientFacts(ip_address(BRANCH), 4711), "mx", "mx", "client.test", esmtp=True)
-    refusal = Refusal(
-        reference="K7Q2M9XD-1",
+    entry = Entry(
+        at=1_800_000_000.0,
+        number=1,
         stage="rcpt",
-        transaction=Transaction(session, NULL_REVERSE_PATH, 0, 1_800_000_000.0),
+        reverse_path=NULL_REVERSE_PATH,
         forward_path=ForwardPath(Mailbox("b", "elsewhere.test"), Shape.PLAIN),
-        authors=(),
-        backend="",
-        findings=(),
-        verdict=Refuse(Reason.RELAYING),
+        recipients=0,
+        verdict="refused",
+        reason="relaying",
+        reference="K7Q2M9XD-1",
         reply="550 5.7.1 Relaying is prohibited [K7Q2M9XD-1]",
     )
-    refusals = Refusals(directory / "data" / "refusals")
-    refusals.keep(refusal._replace(**changes))
-    refusals.close()
-    return refusal.reference
+    backlog = Backlog(backlog_directory(str(directory / "data")), 1 << 30)
+    backlog.keep(Record(changes.pop("session", session), [entry._replace(**changes)]), entry.at)
+    backlog.close()
+    return entry.reference
 
 
 def test_a_rate_of_a_grant_in_a_file_that_the_gate_calls_by_another_name(tmp_path):
@@ -472,7 +473,10 @@ def test_a_rate_of_a_grant_in_a_file_that_the_gate_calls_by_another_name(tmp_pat
     reference = kept(
         tmp_path,
         findings=(Finding(f"rate {name}", Result.FAIL, "60 messages and 90 recipients in this hour"),),
-        verdict=Defer(Reason.RATE, name, "the branch"),
+        verdict="deferred",
+        reason="rate",
+        by=name,
+        detail="the branch",
     )
     said = explained(
         Gate(tmp_path, CONFIG.replace('why = "the branch', 'messages_per_hour = 60\nwhy = "the branch')), reference
@@ -486,11 +490,7 @@ def test_a_rate_of_a_grant_in_a_file_that_the_gate_calls_by_another_name(tmp_pat
 def test_a_login_to_the_mailbox_is_as_long_ago_as_it_was(tmp_path):
     session = Session("K7Q2M9XD", ClientFacts(ip_address("127.0.0.9"), 4711), "mx", "mx")
     session = session._replace(mailbox_login=MailboxLogin("ben", 1_800_000_000.0 - 2000))
-    reference = kept(
-        tmp_path,
-        transaction=Transaction(session, NULL_REVERSE_PATH, 0, 1_800_000_000.0),
-        verdict=Refuse(Reason.MAILBOX_LOGIN, BY_BRANCH),
-    )
+    reference = kept(tmp_path, session=session, reason="mailbox_login", by=BY_BRANCH)
     for window, code in (("30m", 1), ("1h", 0)):
         gate = Gate(tmp_path, CONFIG.replace(f'network = "{BRANCH}"', f'pop3 = "{window}"'))
         said = explained(gate, reference)
@@ -510,8 +510,8 @@ def test_all_that_was_known_of_a_client_is_told(tmp_path):
         certificate="ab" * 32,
         suspended=True,
     )
-    transaction = Transaction(session, Mailbox("anna", "example.com"), 0, 1_800_000_000.0)
-    said = explained(Gate(tmp_path, CONFIG), kept(tmp_path, transaction=transaction))
+    reference = kept(tmp_path, session=session, reverse_path=Mailbox("anna", "example.com"))
+    said = explained(Gate(tmp_path, CONFIG), reference)
     assert "client  2001:db8::9 at listener mx (role mx), no EHLO, TLSv1.3\n" in said.out
     assert "account anna (PLAIN, verified by ldap, device phone)\n" in said.out
     assert f"showed  the certificate {'ab' * 32}\n" in said.out
@@ -522,7 +522,9 @@ def test_all_that_was_known_of_a_client_is_told(tmp_path):
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_has_its_sentence(tmp_path, reason):
-    said = explained(Gate(tmp_path, CONFIG), kept(tmp_path, verdict=Refuse(reason, BY_BRANCH, "some detail")))
+    said = explained(
+        Gate(tmp_path, CONFIG), kept(tmp_path, reason=reason.name.lower(), by=BY_BRANCH, detail="some detail")
+    )
     (rule,) = re.findall(r"^rule    (.*)$", said.out, re.MULTILINE)
     assert rule.endswith(f"({BY_BRANCH})")
     assert reason.wording not in rule, "a sentence for the operator, not the client's"
@@ -545,7 +547,7 @@ def test_what_is_not_found_says_what_may_be_the_reason(gate, client):
     done = gatepost(gate, "explain", "ZZZZZZZZ-9")
     assert (done.code, done.err) == (1, "")
     assert done.out.startswith("not found: ZZZZZZZZ-9\n")
-    assert "        what is kept in data/refusals begins on 20" in done.out
+    assert re.search(r"        the journal in data/journal/journal\.sqlite begins on 20", done.out)
     assert "elsewhere than [gate] data in gatepost.toml says\n" in done.out
     assert "another gate's" in done.out
     done = gatepost(gate, "explain", "ZZZZZZZZ-9", "--json")
@@ -557,7 +559,7 @@ def test_where_nothing_was_ever_kept(tmp_path):
     other = Gate(tmp_path, CONFIG)
     done = gatepost(other, "explain", "ZZZZZZZZ-9")
     assert done.code == 1
-    assert "        nothing is kept in data/refusals\n" in done.out
+    assert re.search(r"        the journal in data/journal/journal\.sqlite is empty\n", done.out)
     assert not (tmp_path / "data").exists()
 
 
@@ -581,12 +583,12 @@ def test_bad_usage(gate, arguments, said):
 
 
 def test_what_a_newer_version_wrote_is_said(gate, tmp_path):
-    directory = tmp_path / "data" / "refusals"
+    directory = backlog_directory(str(tmp_path / "data"))
     directory.mkdir(parents=True)
     (directory / "00000001.jsonl").write_text('{"schema":2,"reference":"K7Q2M9XD-1","other":[]}\n')
     done = gatepost(Gate(tmp_path, CONFIG), "explain", "K7Q2M9XD-1")
     assert (done.code, done.out) == (2, "")
-    assert "a newer version of Gatepost wrote this refusal (schema 2, this version reads 1)" in done.err
+    assert "a newer version of Gatepost wrote this record (schema 2, this version reads 1)" in done.err
 
 
 def test_a_strangers_text_cannot_move_the_terminal(gate, client):
@@ -595,13 +597,13 @@ def test_a_strangers_text_cannot_move_the_terminal(gate, client):
     reply = session.says("MAIL FROM:<a@stranger.test>", "RCPT TO:<victim@elsewhere.test>")
     told = explained(gate, reference_in(reply))
     assert "\x1b" not in told.out
-    lines = [path.read_bytes() for path in (gate.directory / "data" / "refusals").glob("*.jsonl")]
+    lines = [path.read_bytes() for path in backlog_directory(str(gate.directory / "data")).glob("*.jsonl")]
     assert not re.search(rb"[^\x20-\x7e\n]", b"".join(lines))
 
 
 def test_the_files_are_the_gates_alone(gate, client):
     reply = client().says("MAIL FROM:<a@stranger.test>", "RCPT TO:<victim@elsewhere.test>")
     explained(gate, reference_in(reply))
-    directory: Path = gate.directory / "data" / "refusals"
+    directory: Path = backlog_directory(str(gate.directory / "data"))
     assert directory.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}

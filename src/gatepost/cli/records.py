@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gatepost import config
 from gatepost.config import Config
 from gatepost.counters import EmbeddedStore, Store, state_directory
 from gatepost.gate import privileges
+
+if TYPE_CHECKING:
+    from gatepost.store.journal import Journal
 
 
 @contextlib.contextmanager
@@ -37,6 +41,23 @@ def opened(loaded: Config, *, make: bool) -> Iterator[Store | None]:
             yield store
         finally:
             store.close()
+
+
+@contextlib.contextmanager
+def journal(loaded: Config) -> Iterator[Journal]:
+    """The journal of the configuration's gate.
+
+    Raises:
+        StorageError: it cannot be used.
+    """
+    from gatepost.store.journal import Journal
+
+    with privileges.acting_as(_owner(loaded.data)):  # what SQLite puts beside its file must not become root's
+        opened = Journal(loaded.data, loaded.gate.journal)
+        try:
+            yield opened
+        finally:
+            opened.close()
 
 
 def _is_there(path: Path) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gatepost import config, store
-from gatepost.cli import BAD_NEWS, DONE, decided
+from gatepost.cli import BAD_NEWS, DONE, decided, records
 from gatepost.cli.terminal import say, say_json
+from gatepost.config import Config
 from gatepost.errors import GatepostError
 from gatepost.facts import Session, Transaction
 from gatepost.gate.settings import GateSettings, ListenSettings
@@ -32,10 +33,12 @@ def explain_reference(typed: str, config_path: str | None, *, as_json: bool) -> 
             f'"{typed}" holds no reference: it looks like K7Q2M9XD-1, and stands in brackets at the end of a refusal'
         )
     loaded = config.load_file(config.find(config_path))
-    directory = store.refusals_directory(loaded.data)
-    refusal = store.find(directory, reference)
+    with records.journal(loaded) as journal:
+        kept = journal.refusal(reference)
+        since, name = journal.kept_since(), journal.name
+    refusal = None if kept is None else store.refusal_of(kept.session, kept.entry)
     if refusal is None:
-        _not_found(reference, directory, loaded.config_path, as_json=as_json)
+        _not_found(reference, since, name, loaded, as_json=as_json)
         return BAD_NEWS
     answer = _then(refusal) | {"now": _now(loaded.gate, refusal)}
     if as_json:
@@ -45,17 +48,16 @@ def explain_reference(typed: str, config_path: str | None, *, as_json: bool) -> 
     return DONE if answer["now"]["verdict"] == "admit" else BAD_NEWS
 
 
-def _not_found(reference: str, directory: Path, config_path: str, *, as_json: bool) -> None:
-    since = store.kept_since(directory)
+def _not_found(reference: str, since: float | None, name: str, loaded: Config, *, as_json: bool) -> None:
     kept = (
-        f"nothing is kept in {directory}"
+        f"the journal in {name} is empty"
         if since is None
-        else f"what is kept in {directory} begins on {_time(since)}: an older one has made room for newer ones, "
-        "and the gate's log may have it"
+        else f"the journal in {name} begins on {_time(since)}: an older one is gone, and the gate's log may have it"
     )
     reasons = [
         kept,
-        f"the gate may keep its data elsewhere than [gate] data in {config_path or 'the embedded default'} says",
+        *([] if loaded.gate.journal.enabled else ["the journal is switched off: [journal] enabled = false"]),
+        f"the gate may keep its data elsewhere than [gate] data in {loaded.config_path or 'the embedded default'} says",
         "it may be another gate's: its greeting says which one a client spoke to",
         "one of the last moment may not be written yet, and where the disk is full it never is",
     ]

@@ -30,7 +30,7 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from gatepost.errors import StorageError
@@ -196,14 +196,16 @@ def _postgresql(url: str, *, writes: bool) -> Engine:
         raise StorageError(
             f'[store] url begins with "{at.drivername}"; write one of PostgreSQL, or leave it out for SQLite'
         )
+    try:
+        import psycopg  # noqa: PLC0415  an extra: most journals are in SQLite
+    except ImportError:
+        raise StorageError(
+            'the journal in PostgreSQL needs the driver psycopg: pip install "gatepost[postgresql]"'
+        ) from None
     options: dict[str, Any] = {"connect_timeout": CONNECT_S, "application_name": "gatepost"}
     options = {name: value for name, value in options.items() if name not in at.query}
-    try:
-        return create_engine(at.set(drivername="postgresql+psycopg"), connect_args=options, **_pool(writes=writes))
-    except (NoSuchModuleError, ImportError):
-        raise StorageError(
-            'the journal in PostgreSQL needs the driver psycopg: pip install "gatepost[postgresql]", or psycopg'
-        ) from None
+    driver = at.set(drivername="postgresql+psycopg")
+    return create_engine(driver, module=psycopg, connect_args=options, **_pool(writes=writes))
 
 
 def _upgrade(connection: Connection) -> None:
