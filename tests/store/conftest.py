@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 from tests.servers import PostgreSQL
-from tests.store.places import Place
-
-_numbers = itertools.count(1)
+from tests.store.places import Place, new_database
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +33,3 @@ def sqlite_place(tmp_path: Path) -> Iterator[Place]:
     place = Place(tmp_path)
     yield place
     place.close()
-
-
-def new_database(server: PostgreSQL) -> str:
-    """Its URL."""
-    name = f"journal{next(_numbers)}"
-    with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return server.url(name)

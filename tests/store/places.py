@@ -9,6 +9,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import psycopg
+from tests.servers import PostgreSQL
+
 from gatepost.facts import Client, Identity, Session
 from gatepost.smtp.path import ForwardPath, Mailbox, Shape
 from gatepost.store import Backlog, End, Entry, JournalSettings, Record, backlog_directory
@@ -18,6 +21,7 @@ from gatepost.store.writer import Writer
 
 NOON_S = 1_800_000_000.25
 _numbers = itertools.count(1)
+_databases = itertools.count(1)
 
 
 @dataclass
@@ -62,6 +66,14 @@ class Place:
         self.wait(*records)
         writer = self.writer()
         taken_over(writer)
+
+
+def new_database(server: PostgreSQL) -> str:
+    """Its URL."""
+    name = f"journal{next(_databases)}"
+    with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return server.url(name)
 
 
 def taken_over(writer: Writer) -> int:
