@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -15,7 +16,17 @@ from hypothesis import strategies as st
 
 from gatepost.errors import StorageError
 from gatepost.facts import Client, Identity, Session, client_address
-from gatepost.gate.trace import KEY_OCTETS, Dates, TraceKey, TraceRecord, trace_field, trace_head
+from gatepost.gate.trace import (
+    KEY_OCTETS,
+    Dates,
+    TraceKey,
+    TraceReader,
+    TraceRecord,
+    key_files,
+    rotate,
+    trace_field,
+    trace_head,
+)
 
 SECONDS = 1_767_225_599  # Wed, 31 Dec 2025 23:59:59 +0000
 DATE = "Wed, 31 Dec 2025 23:59:59 +0000"
@@ -104,6 +115,128 @@ def test_a_key_that_cannot_be_used_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot use the trace key"):
         TraceKey.in_data(str(tmp_path / "file"))
+
+
+# ---- several keys
+
+
+def keys_in(data: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (data / "keys").iterdir()}
+
+
+def test_the_newest_key_seals_and_all_of_them_read(tmp_path: Path) -> None:
+    data = str(tmp_path)
+    sealed = []
+    for number in range(11):
+        made = rotate(data)
+        assert made.name == ("trace.key" if number == 0 else f"trace-{number + 1}.key")
+        assert made.path.stat().st_mode & 0o777 == 0o600
+        sealed.append((made.name, TraceKey.in_data(data).seal(session(account="alice"), SECONDS)))
+    assert len({token for _, token in sealed}) == 11
+    assert [file.name for file in key_files(data)] == [name for name, _ in reversed(sealed)], "10 is newer than 9"
+    for name, token in sealed:
+        said = TraceRecord(SECONDS, ip_address("192.0.2.7"), "K7Q2M9XA", "alice", name)
+        assert TraceKey.in_data(data).read(token) == TraceReader.in_data(data).read(token) == said
+    (tmp_path / "keys" / "trace-5.key").unlink()
+    read = [TraceKey.in_data(data).read(token) for _, token in sealed]
+    assert [number for number, record in enumerate(read, 1) if record is None] == [5], "its file is how long it reads"
+
+
+def test_a_token_of_the_first_key_that_a_gate_ever_had_is_read_after_others_were_made(tmp_path: Path) -> None:
+    """As written before there was a second key: base64url of AES-SIV under trace.key, and nothing in front of it."""
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "trace.key").write_bytes(bytes(range(KEY_OCTETS)))
+    old = "znwz8kyY877LVHz5sgU_XiLTEwYxj0IZJt98XqJQ7pE7Qoduzaz7psNDQzEHLul4xA"
+    rotate(str(tmp_path))
+    record = TraceKey.in_data(str(tmp_path)).read(old)
+    assert record == TraceRecord(SECONDS, ip_address("192.0.2.7"), "K7Q2M9XA", "alice", "trace.key")
+
+
+def test_a_key_that_was_removed_is_not_made_again_while_there_is_a_newer_one(tmp_path: Path) -> None:
+    rotate(str(tmp_path))
+    rotate(str(tmp_path))
+    (tmp_path / "keys" / "trace.key").unlink()
+    TraceKey.in_data(str(tmp_path))
+    assert list(keys_in(tmp_path)) == ["trace-2.key"]
+    assert rotate(str(tmp_path)).name == "trace-3.key"
+
+
+@pytest.mark.parametrize("octets", [b"", b"x" * (KEY_OCTETS - 1), b"x" * (KEY_OCTETS + 1)])
+def test_an_older_key_that_cannot_be_used_costs_what_it_sealed_and_no_more(tmp_path: Path, octets: bytes) -> None:
+    data = str(tmp_path)
+    first = rotate(data)
+    lost = TraceKey.in_data(data).seal(session(), SECONDS)
+    rotate(data)
+    first.path.write_bytes(octets)
+    key = TraceKey.in_data(data)
+    assert key.read(lost) is None
+    assert key.read(key.seal(session(), SECONDS)) is not None
+    assert [bool(file.problem) for file in key_files(data)] == [False, True]
+    first.path.write_bytes(b"y" * KEY_OCTETS)
+    assert TraceReader.in_data(data).keys == 2
+
+
+def test_the_newest_that_cannot_be_used_is_said_and_another_mends_it(tmp_path: Path) -> None:
+    data = str(tmp_path)
+    rotate(data)
+    rotate(data).path.write_bytes(b"short")
+    with pytest.raises(StorageError, match=r"cannot use the trace key .*trace-2\.key: .*gatepost key rotate"):
+        TraceKey.in_data(data)
+    assert rotate(data).name == "trace-3.key"
+    TraceKey.in_data(data)
+
+
+def test_what_is_no_key_is_let_be_and_what_waits_for_a_writer_is_not_waited_for(tmp_path: Path) -> None:
+    data = str(tmp_path)
+    rotate(data)
+    for name in ("journal.key", "trace.key.old", ".trace.key.17", "trace"):
+        (tmp_path / "keys" / name).write_bytes(b"z" * KEY_OCTETS)
+    os.mkfifo(tmp_path / "keys" / "trace-2.key")
+    assert {file.name: bool(file.problem) for file in key_files(data)} == {"trace-2.key": True, "trace.key": False}
+
+
+def test_the_key_of_another_gate_is_read_with_and_never_seals(tmp_path: Path) -> None:
+    other = TraceKey(bytes(reversed(range(KEY_OCTETS))))
+    (tmp_path / "keys").mkdir()
+    for name in ("trace-mx9.key", "trace-0.key", "trace-01.key", "trace-1.key"):
+        (tmp_path / "keys" / name).write_bytes(bytes(reversed(range(KEY_OCTETS))))
+    key = TraceKey.in_data(str(tmp_path))
+    assert key_files(str(tmp_path))[0].name == "trace.key", "the gate's own was made"
+    assert key.read(other.seal(session(), SECONDS)) is not None
+    assert other.read(key.seal(session(), SECONDS)) is None
+
+
+def test_two_who_rotate_at_once_make_one_key_and_the_loser_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(tmp_path)
+    rotate(data)
+    seen = key_files(data)
+    winner = rotate(data)
+    monkeypatch.setattr("gatepost.gate.trace.key_files", lambda _: seen)
+    with pytest.raises(StorageError, match="at the same moment"):
+        rotate(data)
+    assert winner.path.read_bytes() == winner.key
+    assert sorted(keys_in(tmp_path)) == ["trace-2.key", "trace.key"]
+
+
+def test_when_a_key_was_retired(tmp_path: Path) -> None:
+    data = str(tmp_path)
+    for number in (1, 2, 3):
+        os.utime(rotate(data).path, (number * 1000, number * 1000))
+    (tmp_path / "keys" / "trace-other.key").write_bytes(bytes(KEY_OCTETS))
+    reader = TraceReader.in_data(data)
+    names = ("trace.key", "trace-2.key", "trace-3.key", "trace-other.key", "")
+    assert [reader.retired(name) for name in names] == [2000, 3000, None, None, None]
+
+
+def test_a_directory_that_cannot_be_looked_at_is_said(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("")
+    for asked in (key_files, TraceReader.in_data, TraceKey.in_data, rotate):
+        with pytest.raises(StorageError, match="trace key"):
+            asked(str(tmp_path))
+    assert key_files(str(tmp_path / "elsewhere")) == [], "and looking makes nothing"
+    assert not (tmp_path / "elsewhere").exists()
 
 
 # ---- the date

@@ -36,6 +36,7 @@ COMMANDS = (
     ("ban", "gatepost.cli.ban:ban"),
     ("trust", "gatepost.cli.trust:trust"),
     ("account", "gatepost.cli.account:account"),
+    ("key", "gatepost.cli.key:key"),
     ("status", "gatepost.cli.running:status"),
     ("reload", "gatepost.cli.running:reload"),
     ("completion", "gatepost.cli.completion:completion"),
