@@ -318,6 +318,28 @@ def test_after_some_weeks_names_become_pseudonyms_and_after_some_months_rows_go(
     assert [kept.id for kept in place.journal().search(Query(), 10)] == [newer.id]
 
 
+@pytest.mark.parametrize(("more", "gone"), [(-1, 0), (0, 0), (1, 1), (50, 50)])
+def test_there_are_no_more_rows_than_there_may_be_and_the_oldest_go(place, more, gone):
+    numbers = range(1000 + more)
+    place.wait(*(record([entry(message=f"K7Q2M9XD.{number}")], ended=True) for number in numbers))
+    step = place.writer(entries_max=1000).step()
+    assert step.crowded_out == 2 * gone
+    assert counted(place)["entries"] == counted(place)["sessions"] == 1000 + more - gone
+    found = [kept.entry.message for kept in place.journal().search(Query(), 2000)]
+    assert set(found) == {f"K7Q2M9XD.{number}" for number in numbers[gone:]}
+
+
+def test_a_flood_of_facts_has_an_end(place):
+    for start in range(0, 3000, 100):
+        place.wait(*(record([entry()], session(hello=f"bot{number}")) for number in range(start, start + 100)))
+    writer = place.writer(entries_max=500)
+    taken_over(writer)
+    place.wait(record([entry()], session(hello="last")))
+    taken_over(writer)
+    assert counted(place)["facts"] <= 625
+    assert {kept.session.hello for kept in place.journal().search(Query(), 2000)} >= {"last", "bot2999"}
+
+
 def test_retention_goes_on_in_pieces(place):
     many = TIDY_ROWS + 10
     place.keep(

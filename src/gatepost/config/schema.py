@@ -591,6 +591,11 @@ class Journal(Table):
         JOURNAL.pseudonyms_s,
         description="How long after that with keyed pseudonyms in place of clients, accounts and local-parts; 0 = not.",
     )
+    entries: Annotated[int, Field(ge=1000, le=10**12), Form("number")] = Field(
+        JOURNAL.entries_max,
+        description="How many verdicts it holds, and how many sessions: about a kilobyte each. Beyond it the oldest "
+        "go, however young, so that a flood fills no disk. At least 1000.",
+    )
     backlog: Annotated[Bound, Field(ge=32 << 20, le=1 << 40)] = Field(
         JOURNAL.backlog_octets,
         description="What may wait on the disk while the database is away; beyond it, records are dropped and "

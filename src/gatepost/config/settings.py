@@ -765,6 +765,7 @@ def _journal(document: Document) -> JournalSettings:
         before_reply=journal.before_reply,
         keep_s=journal.keep,
         pseudonyms_s=journal.pseudonyms,
+        entries_max=journal.entries,
         backlog_octets=journal.backlog,
     )
 

@@ -35,6 +35,7 @@ from gatepost.telemetry.metrics import STATE_DOWN, STATE_UP
 IDLE_S: Final = 0.1
 AGAIN_S: Final = (1.0, 2.0, 5.0, 10.0, 15.0)  # after a failure, and the next
 TIDY_S: Final = 60.0
+CROWDED_SAID_S: Final = 86400.0
 END_S: Final = 2.0
 
 
@@ -59,7 +60,7 @@ class Keeper:
         self._position = Position()
         self._trouble = ""
         self._failures = 0
-        self._tidy_at_s = 0.0
+        self._tidy_at_s = self._crowded_said_s = 0.0
 
     def run(self, lifeline: socket.socket) -> None:
         """Until the lifeline's other end is closed."""
@@ -108,6 +109,14 @@ class Keeper:
             self._log.event(
                 "journal",
                 f"{step.damaged + step.newer} lines of the journal's backlog are passed over: {why}",
+                Level.WARNING,
+            )
+        if step.crowded_out and time.monotonic() >= self._crowded_said_s:
+            self._crowded_said_s = time.monotonic() + CROWDED_SAID_S
+            self._log.event(
+                "journal",
+                f"the journal holds {self._settings.entries_max} verdicts or sessions: the oldest go before their "
+                "time; [journal] entries allows more",
                 Level.WARNING,
             )
         if step.clock_back_s:

@@ -19,7 +19,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Table, and_, bindparam, delete, select, update
+from sqlalchemy import Connection, Table, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gatepost.errors import StorageError
@@ -51,6 +51,7 @@ CLOCK_BACK_MS: Final = 60_000
 _KEY_MAX: Final = 600  # letters of a text: an index of PostgreSQL takes 2,700 octets, and no path or reply is longer
 _PLAIN_OCTETS: Final = 2000  # a line with no more of them holds no text that is too long for one
 _FACTS_KNOWN: Final = 50_000
+_FACTS_SHARE: Final = 1.25  # of ``entries_max``: more rows than verdicts name are worth a look through all of them
 
 _UNTIL: Final = "pseudonymous until"
 _MESSAGE: Final = [column.name for column in ENTRIES.columns].index("message") - 1
@@ -74,12 +75,14 @@ class Step(NamedTuple):
 
     Attributes:
         records: lines that became rows; damaged: lines passed over; newer: lines of a newer version, passed over.
+        crowded_out: rows that went because there may be no more of them.
         clock_back_s: by how much the clock of the gate went back between two records, 0.0 where it did not.
     """
 
     records: int = 0
     damaged: int = 0
     newer: int = 0
+    crowded_out: int = 0
     clock_back_s: float = 0.0
 
 
@@ -103,6 +106,7 @@ class Writer:
         self._segments = segments(directory, settings.backlog_octets)
         self._backlog = _backlog_id(directory)
         self._facts: dict[int, None] = {}
+        self._facts_rows = 0  # about
         self._latest_ms = 0
         database.prepare()
         self._position = self._where_we_were()
@@ -114,6 +118,7 @@ class Writer:
 
     def _where_we_were(self) -> Position:
         with self._database.transaction() as connection:
+            self._facts_rows = connection.execute(select(func.count()).select_from(FACTS)).scalar_one()
             row = connection.execute(
                 select(BACKLOGS.c.segment, BACKLOGS.c.octets).where(BACKLOGS.c.id == self._backlog)
             ).one_or_none()
@@ -136,9 +141,17 @@ class Writer:
         rows, step = self._rows(lines)
         with self._database.transaction() as connection:
             self._add(connection, rows)
+            crowded_out = sum(
+                _make_room(connection, table, self._settings.entries_max, 2 * len(added))
+                for table, added in ((ENTRIES, rows.entries), (SESSIONS, rows.sessions))
+                if added
+            )
             _put(connection, BACKLOGS, {"id": self._backlog}, {"segment": position.segment, "octets": position.octets})
         # Only now: what a transaction that failed had put there is not there.
         self._facts.update(dict.fromkeys(rows.facts))
+        self._facts_rows += len(rows.facts)
+        if self._facts_rows > self._settings.entries_max * _FACTS_SHARE:
+            self._forget_facts()
         while len(self._facts) > _FACTS_KNOWN:
             del self._facts[next(iter(self._facts))]
         self._position = position
@@ -146,7 +159,14 @@ class Writer:
             self._segments.forget_before(position)
         except OSError as error:
             raise StorageError(f"cannot take away what was read of the journal's backlog: {error.strerror}") from error
-        return step
+        return step._replace(crowded_out=crowded_out)
+
+    def _forget_facts(self) -> None:
+        """A flood brings facts of its own with each verdict: those that no verdict names any more go."""
+        with self._database.transaction() as connection:
+            named = select(ENTRIES.c.facts).distinct().scalar_subquery()
+            self._facts_rows -= connection.execute(delete(FACTS).where(FACTS.c.id.not_in(named))).rowcount
+        self._facts = {}
 
     def _rows(self, lines: list[bytes]) -> tuple[Rows, Step]:
         rows = Rows({}, [], [], {})
@@ -167,7 +187,7 @@ class Writer:
                     back_ms = max(back_ms, self._latest_ms - at)
                     self._latest_ms = at  # said once
                 self._latest_ms = max(self._latest_ms, at)
-        return rows, Step(records, damaged, newer, back_ms / 1000)
+        return rows, Step(records, damaged, newer, clock_back_s=back_ms / 1000)
 
     def _rows_of(self, record: dict[str, Any], line: bytes, rows: Rows) -> list[int] | None:
         """Add what a line becomes.
@@ -313,6 +333,13 @@ class Writer:
             "logins": None,
             "role": "",  # it tells that the row is done
         }
+
+
+def _make_room(connection: Connection, table: Table, rows_max: int, rows: int) -> int:
+    """Take the oldest away where there are more than ``rows_max``, no more than ``rows`` at once."""
+    first, last = connection.execute(select(func.min(table.c.id), func.max(table.c.id))).one()
+    end = min(last - rows_max, first + rows - 1)
+    return connection.execute(delete(table).where(table.c.id <= end)).rowcount if end >= first else 0
 
 
 def _take_away(connection: Connection, table: Table, before_ms: int) -> int:
