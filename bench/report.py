@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 
 GATE = "gatepost"
+EVERYTHING = "everything"  # with its journal
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Target:
     peer: str
     at_least: float | None = None
     at_most: float | None = None
+    program: str = GATE
 
 
 # The gate with its policy and one JSON log line a session.
@@ -93,6 +95,32 @@ TARGETS = (
     ),
     *(
         Target(scenario, "p99_ms", "postfix", at_most=1.0)
+        for scenario in ("accept-fresh", "accept-reuse", "accept-large", "reject-relay")
+    ),
+)
+# The same with the journal on, the console open and everything counted.
+TARGETS_WITH_EVERYTHING = (
+    *(
+        Target(scenario, "cpu_s", "postfix", at_most=bound, program=EVERYTHING)
+        for scenario, bound in (
+            ("accept-fresh", 0.65),
+            ("accept-reuse", 0.6),
+            ("accept-large", 0.5),
+            ("reject-relay", 0.7),
+        )
+    ),
+    *(
+        Target(scenario, "rate", peer, at_least=bound, program=EVERYTHING)
+        for scenario, postfix, haproxy in (
+            ("accept-fresh", 1.6, 0.5),
+            ("accept-reuse", 2.0, 0.45),
+            ("accept-large", 2.0, 0.5),
+            ("reject-relay", 1.5, 0.8),
+        )
+        for peer, bound in (("postfix", postfix), ("haproxy", haproxy))
+    ),
+    *(
+        Target(scenario, "p99_ms", "postfix", at_most=1.0, program=EVERYTHING)
         for scenario in ("accept-fresh", "accept-reuse", "accept-large", "reject-relay")
     ),
 )
@@ -144,21 +172,22 @@ class Results:
     def programs(self, scenario: str) -> list[str]:
         return list(dict.fromkeys(s.program for s in self.samples if s.scenario == scenario))
 
-    def ratio(self, scenario: str, figure: str, peer: str) -> float | None:
+    def ratio(self, scenario: str, figure: str, peer: str, program: str = GATE) -> float | None:
         """The gate's figure over the peer's: the median of the rounds that both have."""
         peers = {s.round: getattr(s, figure) for s in self.of(scenario, peer)}
-        ratios = [getattr(s, figure) / peers[s.round] for s in self.of(scenario, GATE) if peers.get(s.round)]
+        ratios = [getattr(s, figure) / peers[s.round] for s in self.of(scenario, program) if peers.get(s.round)]
         return median(ratios) if ratios else None
 
     def judgements(self) -> list[Judgement]:
         judged = []
-        for target in TARGETS:
-            measured = self.ratio(target.scenario, target.figure, target.peer)
+        for target in (*TARGETS, *TARGETS_WITH_EVERYTHING):
+            measured = self.ratio(target.scenario, target.figure, target.peer, target.program)
             if measured is not None:
                 judged.append(
                     _judge(
                         target.scenario,
-                        f"{FIGURES[target.figure]} over {self.titles[target.peer].split(',')[0]}",
+                        f"{FIGURES[target.figure]} over {self.titles[target.peer].split(',')[0]}"
+                        + (", everything on" if target.program == EVERYTHING else ""),
                         measured,
                         at_least=target.at_least,
                         at_most=target.at_most,

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from gatepost.gate.supervisor import Plan
 
 
+NICE = 5  # of the journal's writer, nice(2)
+
+
 def _style() -> Style:
     """Standard output's.  The world is passed in, and this is where it comes from."""
     return Style.of(1, os.environ)  # noqa: TID251  NO_COLOR and TERM are the terminal's, no configuration of ours
@@ -196,6 +199,7 @@ def _journal_main(options: argparse.Namespace) -> int:
     from gatepost import config
     from gatepost.store.keeper import Keeper
 
+    os.nice(NICE)  # it can wait, and sessions cannot
     octets = os.pread(options.config, os.fstat(options.config).st_size, 0)
     os.close(options.config)
     metrics = Metrics(map_memory(options.metrics), options.index)
