@@ -13,8 +13,9 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from gatepost import config
-from gatepost.cli import BAD_NEWS, DONE, records
-from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
+from gatepost.answers import records
+from gatepost.cli import BAD_NEWS, DONE
+from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json, warn
 from gatepost.config import values
 from gatepost.counters import Ban, Bans, Digests, state_directory
 from gatepost.errors import GatepostError
@@ -104,7 +105,7 @@ def remove(
 def _bans(config_path: str | None, *, make: bool) -> Iterator[Bans | None]:
     """The bans of the configuration's gate; None where nothing was ever kept and nothing is to be made."""
     loaded = config.load_file(config.find(config_path))
-    with records.opened(loaded, make=make) as store:
+    with records.opened(loaded, make=make, said=warn) as store:
         yield None if store is None else Bans(store, Digests.in_directory(state_directory(loaded.data)))
 
 

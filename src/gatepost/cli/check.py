@@ -6,19 +6,16 @@ Why: the one moment when somebody asks.  What the gate would refuse to load beca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from gatepost import config
-from gatepost.cli import BAD_NEWS, DONE, dialect, trust
+from gatepost.answers import proof
+from gatepost.cli import BAD_NEWS, DONE, dialect
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
-from gatepost.config import dialects, exposure, sentences, settings, surroundings
-from gatepost.config.document import Document
-from gatepost.errors import ConfigError, GatepostError
-from gatepost.gate import interfaces
+from gatepost.config import sentences
+from gatepost.errors import GatepostError
 
 Backend = Annotated[
     list[str] | None,
@@ -62,48 +59,16 @@ def check(
         return dialect.ask_backends(loaded, backend, elsewhere=elsewhere, end_of_data=end_of_data, as_json=as_json)
     if elsewhere or end_of_data:
         raise GatepostError("--elsewhere and --end-of-data go with --backend")
-    now = datetime.now(UTC).timestamp()
-    octets = config.EMBEDDED_DEFAULT if path is None else config.read(path)
-    document = Document(octets, path or config.EMBEDDED_DEFAULT_NAME)
-    gate = settings.build(document, now, refuse_open=False)
-    settings.console_address(document)
-    readings = dialects.readings(
-        dialect.recalled(gate.data, gate.backends), gate.rules, settings.smtp_listeners(gate.listens), now
-    )
-    proof = sentences.proof_facts(settings.prove(document, gate, now), gate.rules, now, readings)
-    try:
-        loaded = config.load_file(path)
-    except ConfigError as error:
-        if document.problems or not proof["openings"]:
-            raise
-        return _refused(document.path, error.problems, proof, as_json=as_json)
-    facts = sentences.summary(loaded, now)
-    facts["proof"] = proof
-    facts["warnings"] += [
-        *exposure.without_owner(gate.rules, now),
-        *surroundings.look(loaded),
-        *surroundings.around(loaded, interfaces.look(), now),
-        *trust.warnings(loaded, now),
-    ]
-    facts["dialects"] = dialect.kept(loaded)
+    proven = proof.answer(path)
+    told = proven.told
     if as_json:
-        say_json(facts)
+        say_json(told)
+        return DONE if proven.well else BAD_NEWS
+    if told["valid"]:
+        say(sentences.text(told) + dialect.kept_text(told["dialects"]))
     else:
-        say(sentences.text(facts) + dialect.kept_text(facts["dialects"]))
-        _tell(proof)
-    return DONE if proof["proven"] or loaded.gate.open_relay else BAD_NEWS
-
-
-def _refused(path: str, problems: Sequence[str], proof: dict[str, Any], *, as_json: bool) -> int:
-    """Nothing is wrong but that strangers relay."""
-    if as_json:
-        say_json({"config": path, "valid": False, "problems": list(problems), "proof": proof})
-    else:
-        say("\n".join([f"{path} does not load", "", "Problems", *(f"  {problem}" for problem in problems)]))
-        _tell(proof)
-    return BAD_NEWS
-
-
-def _tell(proof: dict[str, Any]) -> None:
+        problems = (f"  {problem}" for problem in told["problems"])
+        say("\n".join([f"{told['config']} does not load", "", "Problems", *problems]))
     say("")
-    say(sentences.proof_text(proof), "bold green" if proof["proven"] else "bold red")
+    say(sentences.proof_text(told["proof"]), "bold green" if told["proof"]["proven"] else "bold red")
+    return DONE if proven.well else BAD_NEWS

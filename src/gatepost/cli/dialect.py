@@ -16,13 +16,12 @@ from gatepost.backend.settings import BackendSettings
 from gatepost.cli import BAD_NEWS, DONE, NOT_DONE
 from gatepost.cli.terminal import say, say_json
 from gatepost.config import Config, dialects, values
-from gatepost.errors import GatepostError, StorageError
+from gatepost.errors import GatepostError
 from gatepost.gate import privileges
 from gatepost.smtp.path import Mailbox, PathDefect, Shape, parse_forward_path
 
 INIT_ASK_S = 10.0  # somebody waits at the keyboard
 _NONCE_OCTETS = 4
-_TOLD_AT_EACH_CHECK = ("would-be-relayed", "cannot-be-told")  # and every warning
 
 
 def ask_backends(
@@ -61,34 +60,6 @@ def first_look(loaded: Config) -> list[dialects.Finding]:
     with contextlib.suppress(GatepostError):  # the gate has no place yet; the first check will ask again
         _keep(loaded, found)
     return dialects.findings(found, loaded.gate.rules, now)
-
-
-def kept(loaded: Config) -> list[dict[str, Any]]:
-    """What backends answered when they were asked last: one object for each that was."""
-    out = []
-    now = _now()
-    for settings in loaded.gate.backends:
-        try:
-            found = profile.recall(profile.path_of(loaded.data, settings.name))
-        except StorageError as error:
-            out.append({"name": settings.name, "heading": settings.name, "sentences": [str(error)]})
-            continue
-        if found is not None:
-            meant = dialects.findings(found, loaded.gate.rules, now)
-            told = [one.sentence for one in meant if one.warning or one.kind in _TOLD_AT_EACH_CHECK]
-            out.append({"name": settings.name, "heading": dialects.short_heading(found), "sentences": told})
-    return out
-
-
-def recalled(data: str, backends: Iterable[BackendSettings]) -> list[Dialect]:
-    """What backends answered, as far as it is kept and can be read; what cannot is told by ``kept``."""
-    out = []
-    for settings in backends:
-        with contextlib.suppress(StorageError):
-            found = profile.recall(profile.path_of(data, settings.name))
-            if found is not None:
-                out.append(found)
-    return out
 
 
 def kept_text(answers: Iterable[dict[str, Any]]) -> str:

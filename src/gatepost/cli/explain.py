@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from gatepost import config
-from gatepost.auth.accounts import account_name
-from gatepost.cli import BAD_NEWS, DONE, decided
-from gatepost.cli.refused import explain_reference
+from gatepost.answers import decided, described, refused
+from gatepost.cli import BAD_NEWS, DONE
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
-from gatepost.config import values
 from gatepost.errors import GatepostError
-from gatepost.facts import Client, Identity, IPAddress, MailboxLogin, Session, Transaction, client_address
-from gatepost.gate.settings import GateSettings, ListenSettings
-from gatepost.smtp.path import PathDefect, parse_forward_path, parse_reverse_path
-from gatepost.smtp.reply import Reply
-
-T = TypeVar("T")
 
 
 def explain(
@@ -70,46 +60,22 @@ def explain(
             raise GatepostError(
                 f"a reference says it all: leave {_and(given)} out, or the reference, to ask about another message"
             )
-        return explain_reference(reference, config_path, as_json=as_json)
+        answer = refused.by_reference(config.load_file(config.find(config_path)), reference)
+        if as_json:
+            say_json(answer)
+        else:
+            _tell_refusal(answer)
+        return DONE if answer["found"] and answer["now"]["verdict"] == "admit" else BAD_NEWS
     if client is None or reverse_path is None or forward_path is None:
         missing = [option for option, value in needed.items() if value is None]
         raise GatepostError(
             "say what to explain: the reference in a reply, such as K7Q2M9XD-1, or a message by --client, "
             f"--reverse-path and --forward-path; {_and(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         )
-    gate = config.load_file(config.find(config_path)).gate
-    address = _address(client)
-    listener = _listener(gate, listen)
-    answer: dict[str, Any] = {
-        "client": str(address),
-        "listen": listener.name,
-        "reverse_path": reverse_path,
-        "forward_path": forward_path,
-    }
-    reverse = parse_reverse_path(_path_octets(reverse_path), smtputf8=not reverse_path.isascii())
-    forward = parse_forward_path(_path_octets(forward_path), smtputf8=not forward_path.isascii())
-    if isinstance(reverse, PathDefect):
-        answer |= _defect(reverse.reply, "reverse_path")
-    elif isinstance(forward, PathDefect):
-        answer |= _defect(forward.reply, "forward_path")
-    else:
-        hosts, notes = asyncio.run(decided.hosts(gate.rules, address))
-        now = datetime.now(UTC).timestamp()
-        session = Session(
-            reference="",
-            client=Client(address, 0),
-            listen=listener.name,
-            role=listener.role,
-            hello=helo,
-            esmtp=True,
-            tls="" if tls is None else f"TLSv{tls}",
-            identity=None if account is None else Identity(account_name(account) or account.lower(), "PLAIN"),
-            hosts=hosts,
-            auth_required=listener.auth == "required",
-            certificate=_value(values.fingerprint, "--certificate", certificate) or "",
-            mailbox_login=_mailbox_login(mailbox_login, now),
-        )
-        answer |= decided.at_rcpt(gate, listener, Transaction(session, reverse, 0, now), forward) | {"notes": notes}
+    asked = described.Question(
+        client, reverse_path, forward_path, account, certificate, mailbox_login, listen, helo, tls or ""
+    )
+    answer = described.answer(config.load_file(config.find(config_path)), asked)
     if as_json:
         say_json(answer)
     else:
@@ -122,54 +88,26 @@ def _and(options: list[str]) -> str:
     return " and ".join(part for part in (", ".join(options[:-1]), options[-1]) if part)
 
 
-def _address(client: str) -> IPAddress:
-    try:
-        return client_address(client.strip("[]"))
-    except ValueError:
-        raise GatepostError(f'--client "{client}": this is not an IP address; write it as 192.0.2.1') from None
-
-
-def _listener(gate: GateSettings, name: str | None) -> ListenSettings:
-    if name is None:
-        return next((listen for listen in gate.listens if listen.role == "mx"), gate.listens[0])
-    for listen in gate.listens:
-        if listen.name == name:
-            return listen
-    names = ", ".join(listen.name for listen in gate.listens)
-    raise GatepostError(f'--listen "{name}": there is no such listener; the configuration has {names}')
-
-
-def _value(read: Callable[[object], T], option: str, written: str | None) -> T | None:
-    """An option's value, read as the configuration reads it."""
-    try:
-        return None if written is None else read(written)
-    except ValueError as error:
-        raise GatepostError(f'{option} "{written}": {error}') from None
-
-
-def _mailbox_login(ago: str | None, now: float) -> MailboxLogin | None:
-    seconds = _value(values.duration_s, "--mailbox-login", ago)
-    return None if seconds is None else MailboxLogin("somebody", now - seconds)
-
-
-def _path_octets(written: str) -> bytes:
-    """The path as a client would send it; the brackets may be left out."""
-    octets = written.encode("utf-8", "surrogateescape")
-    return octets if octets.startswith(b"<") else b"<" + octets + b">"
-
-
-def _defect(reply: Reply, which: str) -> dict[str, Any]:
-    """Refused before any rule was looked at: what came is no path."""
-    return {
-        "verdict": "refuse",
-        "reason": "syntax",
-        "reply": reply.octets().decode().rstrip(),
-        "rule": None,
-        "detail": f"the {which.replace('_', '-')} cannot be parsed, whoever sends it",
-        "backend": None,
-        "changes": [],
-        "notes": [],
-    }
+def _tell_refusal(answer: dict[str, Any]) -> None:
+    if not answer["found"]:
+        say(f"not found: {answer['reference']}", "bold red")
+        for reason in answer["reasons"]:
+            say(f"        {reason}")
+        return
+    say(f"{'DEFERRED' if answer['verdict'] == 'defer' else 'REFUSED'} with {answer['reply']}", "bold red")
+    when = refused.moment(datetime.fromisoformat(answer["time"]).timestamp())
+    say(f"when    {when}, at {refused.STAGES[answer['stage']]}")
+    for label, text in refused.facts(answer):
+        say(f"{label:<8}{text}")
+    say(f"rule    {answer['why']}" + (f" ({answer['where']})" if answer["where"] else ""))
+    now = answer["now"]
+    say(f"now     {refused.now_text(now)}", "bold green" if now["verdict"] == "admit" else "bold red")
+    for step in now["chain"]:
+        say(f"        {step}")
+    for line in decided.change_lines(now):
+        say(line)
+    for note in now["notes"]:
+        say(f"note    {note}", "yellow")
 
 
 def _tell(answer: dict[str, Any]) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from datetime import UTC, datetime
 
 from gatepost import config, control
+from gatepost.answers import tried
 from gatepost.cli import BAD_NEWS, DONE, NOT_DONE
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
-from gatepost.errors import GatepostError
-from gatepost.gate.selftest import Bound, Comparison, Outcome, as_object, bound_for_smtp, compare, together
-from gatepost.gate.settings import GateSettings
-from gatepost.resolver import HostFollower
+from gatepost.gate.selftest import Comparison, Outcome, together
 
 _CODES = {Outcome.CLOSED: DONE, Outcome.OPEN: BAD_NEWS, Outcome.DISAGREES: BAD_NEWS, Outcome.UNKNOWN: NOT_DONE}
 _HEADLINES = {
@@ -33,11 +29,10 @@ def selftest(*, config_path: ConfigOption = None, as_json: JsonOption = False) -
     """
     loaded = config.load_file(config.find(config_path))
     listeners = control.status(loaded.console_address).answer.get("listeners", [])
-    bound = bound_for_smtp(loaded.gate.listens, _served(listeners))
-    comparisons = asyncio.run(_compared(loaded.gate, bound, quiet=as_json))
+    comparisons = asyncio.run(tried.compared(loaded.gate, listeners, _nothing if as_json else _say))
     overall = together(comparisons)
     if as_json:
-        say_json({"outcome": overall.value, "listeners": [as_object(one) for one in comparisons]})
+        say_json(tried.as_object(comparisons))
         return _CODES[overall]
     say(*_HEADLINES[overall])
     for one in comparisons:
@@ -49,31 +44,9 @@ def selftest(*, config_path: ConfigOption = None, as_json: JsonOption = False) -
     return _CODES[overall]
 
 
-def _served(listeners: Iterable[object]) -> list[tuple[str, str, int]]:
-    """Name, host and port of each listener, from what the console says."""
-    served = []
-    for listener in listeners:
-        if not isinstance(listener, dict):
-            raise GatepostError("the gate's console does not say where it listens")
-        host, _, port = str(listener.get("address")).rpartition(":")
-        if not port.isdigit():
-            raise GatepostError("the gate's console does not say where it listens")
-        served.append((str(listener.get("name")), host.strip("[]"), int(port)))
-    return served
+def _say(one: Comparison) -> None:
+    say(str(one), _STYLES.get(one.outcome, ""))
 
 
-async def _compared(gate: GateSettings, bound: list[Bound], *, quiet: bool) -> list[Comparison]:
-    rules = gate.rules
-    trusted = {entry.host for entry in rules.trust if entry.host}
-    hosts = HostFollower(trusted, denied={entry.host for entry in rules.deny if entry.host})
-    await hosts.start()
-    try:
-        comparisons = []
-        for number, at in enumerate(bound):
-            one = await compare(gate, at, number, hosts.names, datetime.now(UTC).timestamp())
-            if not quiet:
-                say(str(one), _STYLES.get(one.outcome, ""))
-            comparisons.append(one)
-        return comparisons
-    finally:
-        await hosts.close()
+def _nothing(_: Comparison) -> None:
+    """A program reads the whole at once."""

@@ -33,3 +33,8 @@ def say(text: str, style: str = "") -> None:
 def say_json(value: dict[str, Any]) -> None:
     """One JSON object for a program, on standard output."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def warn(text: str) -> None:
+    """A sentence beside the answer, on standard error."""
+    sys.stderr.write(f"{printable(text)}\n")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from gatepost import config
-from gatepost.cli import BAD_NEWS, DONE, records
-from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
-from gatepost.config import Config
-from gatepost.counters import Source, Sources, Suspension, Use, Uses
-from gatepost.errors import StorageError
+from gatepost.answers import records
+from gatepost.answers.trust import known, moment
+from gatepost.cli import BAD_NEWS, DONE
+from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json, warn
+from gatepost.counters import Source, Sources, Suspension, Use
 from gatepost.facts import client_address
-from gatepost.gate.uses import unused
 from gatepost.policy import relay
 from gatepost.policy.relay import TrustEntry
 
@@ -33,23 +32,23 @@ def list_(*, config_path: ConfigOption = None, as_json: JsonOption = False) -> i
 
     Exit code: 0 nothing is suspended, 1 something is, 2 it cannot be read.
     """
-    known = _known(config.load_file(config.find(config_path)), _now_s())
+    state = known(config.load_file(config.find(config_path)), _now_s(), warn)
     if as_json:
-        uses = [_use_object(entry, use) for entry, use in known.uses]
-        say_json({"suspended": [_object(one) for one in known.suspensions], "uses": uses})
-        return BAD_NEWS if known.suspensions else DONE
-    if not known.suspensions:
+        uses = [_use_object(entry, use) for entry, use in state.uses]
+        say_json({"suspended": [_object(one) for one in state.suspensions], "uses": uses})
+        return BAD_NEWS if state.suspensions else DONE
+    if not state.suspensions:
         say("no trust is suspended")
-    for one in known.suspensions:
-        say(f"{one.source} since {_moment(one.since_s)}", "bold red")
+    for one in state.suspensions:
+        say(f"{one.source} since {moment(one.since_s)}", "bold red")
         for sentence in one.why:
             say(f"  {sentence}")
-    if known.uses:
+    if state.uses:
         say("\nlast used, to within an hour")
-    for entry, use in known.uses:
-        when = f"not since {_moment(use.watched_s)}" if use.used_s is None else _moment(use.used_s)
+    for entry, use in state.uses:
+        when = f"not since {moment(use.watched_s)}" if use.used_s is None else moment(use.used_s)
         say(f"  {relay.who(entry)} ({entry.where}): {when}")
-    return BAD_NEWS if known.suspensions else DONE
+    return BAD_NEWS if state.suspensions else DONE
 
 
 @trust.command
@@ -61,7 +60,7 @@ def resume(source: Named, /, *, config_path: ConfigOption = None, as_json: JsonO
     its [[trust]] table. Exit code: 0 it is trusted again, 1 it was not suspended, 2 it could not be done.
     """
     named = _source(source)
-    with records.opened(config.load_file(config.find(config_path)), make=False) as store:
+    with records.opened(config.load_file(config.find(config_path)), make=False, said=warn) as store:
         resumed = store is not None and Sources(store).resume(named, _now_s())
     if as_json:
         say_json({"resumed": resumed, "source": str(named)})
@@ -70,42 +69,6 @@ def resume(source: Named, /, *, config_path: ConfigOption = None, as_json: JsonO
     else:
         say(f"the trust in {named} is not suspended", "bold red")
     return DONE if resumed else BAD_NEWS
-
-
-def warnings(loaded: Config, now_s: float) -> list[str]:
-    """What is suspended at the configuration's gate, and what nobody uses, for ``gatepost check``."""
-    try:
-        known = _known(loaded, now_s)
-    except StorageError as error:
-        return [f"whether any trust is suspended cannot be told, nor which is unused: {error}"]
-    suspended = [
-        f"the trust in {one.source} is suspended since {_moment(one.since_s)}: {'; '.join(one.why)}; mend what hides "
-        f"its clients (docs/howto/addresses.md), then: gatepost trust resume {one.source}"
-        for one in known.suspensions
-    ]
-    return [*suspended, *known.unused]
-
-
-class _Known(NamedTuple):
-    """What the gate remembers of its grants.
-
-    Attributes:
-        uses: of the entries that are watched, in the order of the file; unused: the warnings.
-    """
-
-    suspensions: list[Suspension]
-    uses: list[tuple[TrustEntry, Use]]
-    unused: list[str]
-
-
-def _known(loaded: Config, now_s: float) -> _Known:
-    with records.opened(loaded, make=False) as store:
-        if store is None:
-            return _Known([], [], [])
-        rules, uses = loaded.gate.rules, Uses(store)
-        found = zip(rules.trust, uses.of(map(relay.sense, rules.trust), now_s), strict=True)
-        watched = [(entry, use) for entry, use in found if use is not None]
-        return _Known(Sources(store).suspensions(now_s), watched, unused(rules, uses, now_s))
 
 
 def _source(written: str) -> Source:
@@ -117,10 +80,6 @@ def _source(written: str) -> Source:
 
 def _now_s() -> float:
     return datetime.now(UTC).timestamp()
-
-
-def _moment(at_s: float) -> str:
-    return f"{datetime.fromtimestamp(at_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _object(one: Suspension) -> dict[str, object]:

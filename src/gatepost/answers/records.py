@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gatepost import config
 from gatepost.config import Config
 from gatepost.counters import EmbeddedStore, Store, state_directory
 from gatepost.gate import privileges
-
-if TYPE_CHECKING:
-    from gatepost.store.journal import Journal
+from gatepost.store.journal import Journal
 
 
 @contextlib.contextmanager
-def opened(loaded: Config, *, make: bool) -> Iterator[Store | None]:
+def opened(loaded: Config, *, make: bool, said: Callable[[str], None]) -> Iterator[Store | None]:
     """The records of the configuration's gate; None where nothing was ever kept and nothing is to be made.
 
     What root does here is done as the owner of the data directory: files get that owner, and a link that was planted
     there leads root nowhere.
+
+    Args:
+        said: takes a sentence for the operator.
 
     Raises:
         StorageError: they cannot be used.
@@ -36,7 +35,7 @@ def opened(loaded: Config, *, make: bool) -> Iterator[Store | None]:
         if not make and not _is_there(directory / "data.mdb"):
             yield None
             return
-        store = EmbeddedStore(directory, lambda sentence: print(sentence, file=sys.stderr))
+        store = EmbeddedStore(directory, said)
         try:
             yield store
         finally:
@@ -50,8 +49,6 @@ def journal(loaded: Config) -> Iterator[Journal]:
     Raises:
         StorageError: it cannot be used.
     """
-    from gatepost.store.journal import Journal
-
     with privileges.acting_as(_owner(loaded.data)):  # what SQLite puts beside its file must not become root's
         opened = Journal(loaded.data, loaded.gate.journal)
         try:

@@ -1,4 +1,4 @@
-"""``gatepost explain REF``: a refusal of the past, and what the same would meet now."""
+"""A refusal of the past by the reference in its reply, and what the same would meet now."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gatepost import config, store
-from gatepost.cli import BAD_NEWS, DONE, decided, records
-from gatepost.cli.terminal import say, say_json
+from gatepost import store
+from gatepost.answers import decided, records
 from gatepost.config import Config
 from gatepost.errors import GatepostError
 from gatepost.facts import Session, Transaction
@@ -18,55 +17,47 @@ from gatepost.policy import relay
 from gatepost.store import Refusal
 from gatepost.verdict import Defer, Finding, Reason
 
-_STAGES = {"mail": "MAIL", "rcpt": "RCPT", "content": "the end of content"}
 
+def by_reference(loaded: Config, typed: str) -> dict[str, Any]:
+    """What was decided then, on what facts, and what the same facts meet now.
 
-def explain_reference(typed: str, config_path: str | None, *, as_json: bool) -> int:
-    """Answer for one refusal.
+    Args:
+        typed: the reference, or the whole reply, as a person types it.
 
     Returns:
-        The exit code: 0 the same would be admitted now, 1 it would not, or the refusal is not found.
+        With "found" False and "reasons" where it is not found.
+
+    Raises:
+        GatepostError: it holds no reference; StorageError: the journal cannot be read.
     """
     reference = store.reference_of(typed)
     if reference is None:
         raise GatepostError(
             f'"{typed}" holds no reference: it looks like K7Q2M9XD-1, and stands in brackets at the end of a refusal'
         )
-    loaded = config.load_file(config.find(config_path))
     with records.journal(loaded) as journal:
         kept = journal.refusal(reference)
         since, name = journal.kept_since(), journal.name
     refusal = None if kept is None else store.refusal_of(kept.session, kept.entry)
     if refusal is None:
-        _not_found(reference, since, name, loaded, as_json=as_json)
-        return BAD_NEWS
-    answer = _then(refusal) | {"now": _now(loaded.gate, refusal)}
-    if as_json:
-        say_json(answer)
-    else:
-        _tell(refusal, answer)
-    return DONE if answer["now"]["verdict"] == "admit" else BAD_NEWS
+        return {"reference": reference, "found": False, "reasons": _reasons(loaded, since, name)}
+    return _then(refusal) | {"now": _now(loaded.gate, refusal)}
 
 
-def _not_found(reference: str, since: float | None, name: str, loaded: Config, *, as_json: bool) -> None:
+def _reasons(loaded: Config, since: float | None, name: str) -> list[str]:
+    """Why it may be that nothing is found."""
     kept = (
         f"the journal in {name} is empty"
         if since is None
-        else f"the journal in {name} begins on {_time(since)}: an older one is gone, and the gate's log may have it"
+        else f"the journal in {name} begins on {moment(since)}: an older one is gone, and the gate's log may have it"
     )
-    reasons = [
+    return [
         kept,
         *([] if loaded.gate.journal.enabled else ["the journal is switched off: [journal] enabled = false"]),
         f"the gate may keep its data elsewhere than [gate] data in {loaded.config_path or 'the embedded default'} says",
         "it may be another gate's: its greeting says which one a client spoke to",
         "one of the last moment may not be written yet, and where the disk is full it never is",
     ]
-    if as_json:
-        say_json({"reference": reference, "found": False, "reasons": reasons})
-        return
-    say(f"not found: {reference}", "bold red")
-    for reason in reasons:
-        say(f"        {reason}")
 
 
 # --- Then -------------------------------------------------------------------------------------------------------------
@@ -80,7 +71,7 @@ def _then(refusal: Refusal) -> dict[str, Any]:
     return {
         "reference": refusal.reference,
         "found": True,
-        "time": _stamp(transaction.now),
+        "time": stamp(transaction.now),
         "stage": refusal.stage,
         "client": str(session.client.address),
         "port": session.client.port,
@@ -97,7 +88,7 @@ def _then(refusal: Refusal) -> dict[str, Any]:
         "auth_required": session.auth_required,
         "certificate": session.certificate,
         "hosts": list(session.hosts),
-        "mailbox_login": None if login is None else {"account": login.account, "time": _stamp(login.at)},
+        "mailbox_login": None if login is None else {"account": login.account, "time": stamp(login.at)},
         "suspended": session.suspended,
         "listen_suspended": session.listen_suspended,
         "reverse_path": str(transaction.reverse_path),
@@ -206,24 +197,10 @@ def _accepted(stage: str) -> dict[str, Any]:
 
 # --- In words ---------------------------------------------------------------------------------------------------------
 
-
-def _tell(refusal: Refusal, answer: dict[str, Any]) -> None:
-    say(f"{'DEFERRED' if answer['verdict'] == 'defer' else 'REFUSED'} with {answer['reply']}", "bold red")
-    say(f"when    {_time(refusal.transaction.now)}, at {_STAGES.get(refusal.stage, refusal.stage)}")
-    for label, text in _facts(answer):
-        say(f"{label:<8}{text}")
-    say(f"rule    {answer['why']}" + (f" ({answer['where']})" if answer["where"] else ""))
-    now = answer["now"]
-    say(f"now     {_now_text(now)}", "bold green" if now["verdict"] == "admit" else "bold red")
-    for step in now["chain"]:
-        say(f"        {step}")
-    for line in decided.change_lines(now):
-        say(line)
-    for note in now["notes"]:
-        say(f"note    {note}", "yellow")
+STAGES = {"mail": "MAIL", "rcpt": "RCPT", "content": "the end of content"}
 
 
-def _facts(answer: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(answer: dict[str, Any]) -> list[tuple[str, str]]:
     """What was known, as far as there was anything."""
     hello = f"{'EHLO' if answer['esmtp'] else 'HELO'} {answer['helo']}" if answer["helo"] else "no EHLO"
     client = (
@@ -274,7 +251,8 @@ def _mail(answer: dict[str, Any]) -> str:
     return text
 
 
-def _now_text(now: dict[str, Any]) -> str:
+def now_text(now: dict[str, Any]) -> str:
+    """What it would meet now, in a sentence."""
     if now["verdict"] == "admit":
         if now["rule"] is None:
             return f"ACCEPTED: {now['detail']}"
@@ -285,9 +263,11 @@ def _now_text(now: dict[str, Any]) -> str:
     return f"{word} with {now['reply']}, by {decided.rule_text(now)}"
 
 
-def _time(seconds: float) -> str:
+def moment(seconds: float) -> str:
+    """Seconds since the epoch, for a person."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _stamp(seconds: float) -> str:
+def stamp(seconds: float) -> str:
+    """Seconds since the epoch, for a program.  RFC 3339."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
