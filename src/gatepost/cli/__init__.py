@@ -31,6 +31,7 @@ COMMANDS = (
     ("init", "gatepost.cli.init:init"),
     ("check", "gatepost.cli.check:check"),
     ("explain", "gatepost.cli.explain:explain"),
+    ("trace", "gatepost.cli.trace:trace"),
     ("probe", "gatepost.cli.probe:probe"),
     ("selftest", "gatepost.cli.selftest:selftest"),
     ("ban", "gatepost.cli.ban:ban"),
