@@ -473,6 +473,7 @@ def test_explain_in_json(here, capsys):
                 "where": "gatepost.toml:19",
             },
         ],
+        "shadow": None,
         "notes": [],
     }
     code, out, _ = explain(capsys, "b@example.com", "--json")

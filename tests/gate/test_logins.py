@@ -373,7 +373,7 @@ async def test_log_only_tells_what_would_be_refused(trial):
     assert (await peer.reply()).startswith("250")
     await peer.ask("QUIT")
     (line,) = await trial.logged()
-    assert line["transactions"][0]["would"] == "send_as: alice as boss@example.com"
+    assert line["transactions"][0]["would"] == "refuse: send_as: alice as boss@example.com"
     assert line["transactions"][0]["verdict"] == "accepted"
 
 

@@ -142,6 +142,15 @@ def _rule(rules: RelayRules, decided: RelayVerdict) -> dict[str, str] | None:
     return {"rule": rule, "where": decided.where, "why": decided.detail, "owner": ""}
 
 
+def shadow(
+    gate: GateSettings, transaction: Transaction, forward_path: ForwardPath | None, findings: Sequence[Finding] = ()
+) -> str | None:
+    """What would be, were the entries acted on that are only watched; None where it is the same."""
+    if gate.shadowed is None:
+        return None
+    return relay.would(gate.rules, gate.shadowed, transaction, forward_path, findings) or None
+
+
 # --- The chain --------------------------------------------------------------------------------------------------------
 
 

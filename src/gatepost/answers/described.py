@@ -78,7 +78,9 @@ def answer(loaded: Config, asked: Question) -> dict[str, Any]:
             certificate=_value(values.fingerprint, "--certificate", asked.certificate) or "",
             mailbox_login=_mailbox_login(asked.mailbox_login, now),
         )
-        told |= decided.at_rcpt(gate, listener, Transaction(session, reverse, 0, now), forward) | {"notes": notes}
+        transaction = Transaction(session, reverse, 0, now)
+        shadow = decided.shadow(gate, transaction, forward)
+        told |= decided.at_rcpt(gate, listener, transaction, forward) | {"shadow": shadow, "notes": notes}
     return told
 
 
@@ -128,5 +130,6 @@ def _defect(reply: Reply, which: str) -> dict[str, Any]:
         "detail": f"the {which.replace('_', '-')} cannot be parsed, whoever sends it",
         "backend": None,
         "changes": [],
+        "shadow": None,
         "notes": [],
     }

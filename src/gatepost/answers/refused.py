@@ -126,6 +126,7 @@ def _now(gate: GateSettings, refusal: Refusal) -> dict[str, Any]:
     )
     transaction = transaction._replace(session=session)
     answer = _decided_again(gate, listener, transaction, refusal, notes)
+    answer["shadow"] = decided.shadow(gate, transaction, refusal.forward_path, refusal.findings)
     then = "defer" if isinstance(refusal.verdict, Defer) else "refuse"
     same = (answer["verdict"], answer["reason"]) == (then, refusal.verdict.reason.name.lower())
     return {"same": same, **answer, "notes": notes}

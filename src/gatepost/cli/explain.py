@@ -106,6 +106,7 @@ def _tell_refusal(answer: dict[str, Any]) -> None:
         say(f"        {step}")
     for line in decided.change_lines(now):
         say(line)
+    _tell_shadow(now)
     for note in now["notes"]:
         say(f"note    {note}", "yellow")
 
@@ -122,5 +123,11 @@ def _tell(answer: dict[str, Any]) -> None:
     say(f"rule    {decided.rule_text(answer)}")
     for line in decided.change_lines(answer):
         say(line)
+    _tell_shadow(answer)
     for note in answer["notes"]:
         say(f"note    {note}", "yellow")
+
+
+def _tell_shadow(answer: dict[str, Any]) -> None:
+    if answer["shadow"] is not None:
+        say(f"watched with the entries acted on that are only watched: {answer['shadow']}", "yellow")

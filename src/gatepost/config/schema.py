@@ -365,6 +365,11 @@ class Trust(Table):
         description="Of network, host and listen: several clients are known to hide behind one address, or public ones "
         "to come to the listener. The grant is then never suspended, whoever is seen there.",
     )
+    shadow: bool = Field(
+        False,
+        description="Decided and journalled, not acted on: what it would change stands as `would` in the log and in "
+        "`gatepost trace`.",
+    )
 
 
 class Deny(Table):
@@ -379,6 +384,7 @@ class Deny(Table):
     why: Line = Field("", description="Why; named in verdicts, not in replies.")
     owner: Line = Field("", description="Whom to ask about it.")
     expires: Expiry | None = Field(None, description="When it ends, as in [[trust]].")
+    shadow: bool = Field(False, description="Decided and journalled, not acted on, as in [[trust]].")
 
 
 class SendAs(Table):

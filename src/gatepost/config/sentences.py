@@ -16,7 +16,7 @@ from gatepost.config import Config
 from gatepost.config.dialects import Reading
 from gatepost.config.settings import takes_logins
 from gatepost.config.values import address_text, backend_address_text, duration_text
-from gatepost.gate.settings import ListenSettings
+from gatepost.gate.settings import GateSettings, ListenSettings
 from gatepost.policy import prover, relay
 from gatepost.policy.admission import SendAsEntry
 from gatepost.policy.prover import Dialogue, Proof
@@ -81,6 +81,7 @@ def summary(config: Config, now: float) -> dict[str, Any]:
             }
             for entry in rules.deny
         ],
+        "watched": _watched(gate, now),
         "logins": list(gate.auth.verify),
         "send_as": [
             {"sentence": send_as_sentence(entry, now), "expires": moment_text(entry.expires_at), "where": entry.where}
@@ -99,6 +100,18 @@ def summary(config: Config, now: float) -> dict[str, Any]:
     }
 
 
+def _watched(gate: GateSettings, now: float) -> list[dict[str, str]]:
+    """The entries with shadow = true."""
+    if gate.shadowed is None:
+        return []
+    grants = [entry for entry in gate.shadowed.trust if entry not in gate.rules.trust]
+    denials = [entry for entry in gate.shadowed.deny if entry not in gate.rules.deny]
+    return [
+        *({"sentence": trust_sentence(entry, now), "where": entry.where} for entry in grants),
+        *({"sentence": f"refuses {deny_sentence(entry, now)}", "where": entry.where} for entry in denials),
+    ]
+
+
 def text(facts: dict[str, Any]) -> str:
     """The summary for a person."""
     runs = f"{facts['workers']} workers" if facts["workers"] != 1 else "1 worker"
@@ -111,6 +124,7 @@ def text(facts: dict[str, Any]) -> str:
         *_section("Logins are verified by", facts["logins"] if _logins_taken(facts) else []),
         *_section("May send as others", [entry["sentence"] for entry in facts["send_as"]]),
         *_section("Refuses whatever else is allowed", [entry["sentence"] for entry in facts["deny"]]),
+        *_section("Only watched, and not acted on", [entry["sentence"] for entry in facts["watched"]]),
         *_section(
             "Hands mail on to",
             [

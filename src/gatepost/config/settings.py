@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
@@ -65,18 +66,21 @@ def build(document: Document, now: float, *, refuse_open: bool = True) -> GateSe
     listens = _listens(document)
     workers = gate.workers or len(os.sched_getaffinity(0))
     backends = _backends(document, listens, name, data, workers)
-    rules = _rules(document, limits.recipients_per_message, _reread(document, data, backends), now)
+    rules, shadowed = _rules(document, limits.recipients_per_message, _reread(document, data, backends), now)
     auth = _auth(document, data, name)
     _refuse_lost_references(document)
     _judge_logins(document, listens, rules)
     journal = _journal(document)
     _refuse_open_relay(document, listens, rules, name, now, refuse=refuse_open)
+    if shadowed is not None:
+        _warn_of_open_shadows(document, listens, rules, shadowed, now)
     return GateSettings(
         name=name,
         data=data,
         workers=workers,
         listens=listens,
         rules=rules,
+        shadowed=shadowed,
         backends=backends,
         limits=Limits(
             message_size_octets=limits.message_size,
@@ -629,19 +633,35 @@ def _reread(document: Document, data: str, backends: Iterable[BackendSettings]) 
     return tuple(out)
 
 
-def _rules(document: Document, recipients_max: int, reread: tuple[Reread, ...], now: float) -> RelayRules:
+def _rules(
+    document: Document, recipients_max: int, reread: tuple[Reread, ...], now: float
+) -> tuple[RelayRules, RelayRules | None]:
+    """The rules in force; and with them those that are only watched, None where there are none.
+
+    What is in force holds nothing of a shadow entry, so that nothing can act on one by mistake.
+    """
     backends = document.names["backend"]
     local = _local(document)
-    return RelayRules(
+    trust, deny = _trust(document, now), _deny(document, now)
+    all_rules = RelayRules(
         local=local,
-        trust=_trust(document, now),
-        deny=_deny(document, now),
+        trust=trust,
+        deny=deny,
         routes=_routes(document),
         recipients_max=recipients_max,
         default_backend=backends[0] if backends else "",
         postmaster_domain=next((entry.pattern for entry in local if entry.pattern[0] not in "*["), ""),
         reread=reread,
     )
+    in_force = replace(
+        all_rules,
+        trust=tuple(
+            rule for rule, (_, entry) in zip(trust, document.entries["trust"], strict=True) if not entry.shadow
+        ),
+        deny=tuple(rule for rule, (_, entry) in zip(deny, document.entries["deny"], strict=True) if not entry.shadow),
+    )
+    shadows = len(all_rules.trust) + len(all_rules.deny) > len(in_force.trust) + len(in_force.deny)
+    return (in_force, all_rules) if shadows else (all_rules, None)
 
 
 def _local(document: Document) -> tuple[LocalPattern, ...]:
@@ -825,11 +845,26 @@ def _refuse_open_relay(
         document.warning(("gate", "open_relay"), "nothing here is an open relay; remove the key")
 
 
+def _warn_of_open_shadows(
+    document: Document, listens: tuple[ListenSettings, ...], rules: RelayRules, shadowed: RelayRules, now: float
+) -> None:
+    """What is only watched opens nothing; whoever means to act on it later should know."""
+    public_trust = cast("schema.Gate", document.tables["gate"]).public_trust
+    watched = {entry.where for entry in shadowed.trust} - {entry.where for entry in rules.trust}
+    for opening in prover.openings(shadowed, smtp_listeners(listens), public_trust, now):
+        if opening.rule != "local" and shadowed.trust[opening.number].where in watched:
+            document.warning(
+                ("trust", document.entries["trust"][opening.number][0]),
+                f"acted on, this would be an open relay: {opening.sentence}; it is only watched",
+            )
+
+
 def _rule_path(document: Document, rule: str, number: int) -> Place:
     """Where a rule stands in the file; entries that are not valid by themselves have made no rule."""
     if rule == "local":
         return ("domains", "local", number)
-    entry: Place = ("trust", document.entries["trust"][number][0])
+    acting = [index for index, entry in document.entries["trust"] if not entry.shadow]
+    entry: Place = ("trust", acting[number])
     return (*entry, rule) if rule else entry
 
 

@@ -620,8 +620,9 @@ class Server:
 
     async def _follow_hosts(self, settings: GateSettings) -> None:
         """Know the addresses of the host names in the rules; one resolver serves as long as there are such names."""
-        trusted = {entry.host for entry in settings.rules.trust if entry.host}
-        denied = {entry.host for entry in settings.rules.deny if entry.host}
+        rules = settings.shadowed or settings.rules
+        trusted = {entry.host for entry in rules.trust if entry.host}
+        denied = {entry.host for entry in rules.deny if entry.host}
         if self._hosts is not None:
             await self._hosts.follow(trusted, denied=denied)
         elif trusted or denied:

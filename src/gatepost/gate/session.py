@@ -542,6 +542,8 @@ class Session:
             "reply": "",
         }
         refusal = relay.denied(settings.rules, transaction)
+        if settings.shadowed is not None:
+            self._would(record, relay.would(settings.rules, settings.shadowed, transaction, None))
         identity = self.facts.identity
         if refusal is None and identity is None and self.facts.auth_required:
             refusal = Refuse(Reason.AUTH_REQUIRED)
@@ -578,7 +580,11 @@ class Session:
         if len(recipients) < RECIPIENTS_LOGGED:
             recipients.append(record)
         findings = server.rates.findings(transaction, command.forward_path, self._counted)
-        verdict = relay.decide(server.settings.rules, transaction, command.forward_path, findings)
+        settings = server.settings
+        verdict = relay.decide(settings.rules, transaction, command.forward_path, findings)
+        if settings.shadowed is not None:
+            told = relay.would(settings.rules, settings.shadowed, transaction, command.forward_path, findings)
+            self._would(record, told)
         if not isinstance(verdict, Admit):
             return self._refuse("rcpt", verdict, record, transaction, command.forward_path, findings)
         recipient = verdict.recipient
@@ -591,7 +597,7 @@ class Session:
             return self._refuse("rcpt", Defer(Reason.OTHER_ROUTE), record, transaction, command.forward_path, findings)
         reply = await self._delivery.rcpt(recipient, command.parameters)
         if server.journal is not None:
-            self._note_recipient(recipient, transaction, reply)
+            self._note_recipient(recipient, transaction, reply, record.get("would", ""))
         if reply.positive:
             self.transaction = TransactionFacts(
                 self.facts, mail.reverse_path, transaction.recipients + 1, transaction.now
@@ -692,8 +698,14 @@ class Session:
             return None
         if what == "enforce":
             return refusal
-        record["would"] = f"{refusal.reason.name.lower()}: {refusal.detail}"
+        self._would(record, f"refuse: {refusal.reason.name.lower()}: {refusal.detail}")
         return None
+
+    @staticmethod
+    def _would(record: RecipientRecord | TransactionRecord, told: str) -> None:
+        """What would have been, were all acted on that is only watched."""
+        if told:
+            record["would"] = told
 
     def _trace_head(self, *, utf8: bool) -> str:
         if self._head_of is not self.facts or self._head_utf8 is not utf8:
@@ -787,6 +799,7 @@ class Session:
                     verdict.hint if isinstance(verdict, Refuse) else "",
                     reply.line,
                     backend=self._backend.name if self._backend is not None else "",
+                    would=record.get("would", ""),
                     findings=tuple(findings),
                     authors=authors,
                 )
@@ -852,7 +865,9 @@ class Session:
         if len(self._entries) == 1:
             self.server.noted(self)
 
-    def _note_recipient(self, recipient: AdmittedRecipient, transaction: TransactionFacts, reply: Reply) -> None:
+    def _note_recipient(
+        self, recipient: AdmittedRecipient, transaction: TransactionFacts, reply: Reply, would: str
+    ) -> None:
         """What policy admitted, and what the backend says of it."""
         word = "admitted" if reply.positive else "deferred" if reply.transient else "refused"
         entry = Entry(
@@ -867,6 +882,7 @@ class Session:
             by=recipient.authority.where,
             reply=reply.line,
             backend=recipient.backend,
+            would=would or self._transaction_record.get("would", ""),
         )
         if reply.positive:
             self._admitted.append(entry)

@@ -135,6 +135,7 @@ class GateSettings:
         own_addresses: addresses of this host's listeners that are not wildcards (for address literals and loops).
         open_relay: strangers may send anywhere through this gate, and the administrator said so.
         selftest_s: the gate probes itself as often as that; 0 for never.
+        shadowed: the rules with those that are only watched, None where there are none.
         journal: what is remembered of sessions and verdicts, and where.
         auth: who verifies a login; guesses: how much guessing is borne; send_as: which accounts may send as whom.
     """
@@ -154,4 +155,5 @@ class GateSettings:
     send_as: SendAsRules = field(default_factory=SendAsRules)
     open_relay: bool = False
     selftest_s: float = 0.0
+    shadowed: RelayRules | None = None
     journal: JournalSettings = field(default_factory=JournalSettings)

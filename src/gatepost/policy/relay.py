@@ -223,6 +223,41 @@ def decide(
     return Admit(AdmittedRecipient(addressed, authority, backend))
 
 
+def would(
+    rules: RelayRules,
+    shadowed: RelayRules,
+    transaction: Transaction,
+    forward_path: ForwardPath | None,
+    findings: Iterable[Finding] = (),
+) -> str:
+    """What the verdict would be if the entries that are only watched were acted on; "" where it is the same.
+
+    Args:
+        shadowed: the rules with those entries; forward_path: None for the transaction as a whole.
+    """
+    now: RelayVerdict | None
+    then: RelayVerdict | None
+    if forward_path is None:
+        now, then = denied(rules, transaction), denied(shadowed, transaction)
+    else:
+        found = tuple(findings)
+        now, then = (decide(each, transaction, forward_path, found) for each in (rules, shadowed))
+    if _outcome(now) == _outcome(then):
+        return ""
+    if then is None:
+        return "admit"
+    if isinstance(then, Admit):
+        authority = then.recipient.authority
+        rule = authority.pattern if isinstance(authority, LocalDomain) else authority.who
+        return f"admit: {rule} ({authority.where})"
+    word = "defer" if isinstance(then, Defer) else "refuse"
+    return f"{word}: {then.reason.name.lower()}" + (f" ({then.where})" if then.where else "")
+
+
+def _outcome(verdict: RelayVerdict | None) -> object:
+    return Admit if verdict is None or isinstance(verdict, Admit) else (type(verdict), verdict.reason)
+
+
 def routing(rules: RelayRules, forward_path: ForwardPath) -> str:
     """How a backend may read the forward-path as another address: its shape, or "reread"; "" where none may.
 

@@ -38,7 +38,8 @@ class RecipientRecord(TypedDict):
 
     verdict: "admitted", "deferred" or "refused".  reason: the member of verdict.Reason in lower case, or the gate's own
     word for it ("backend", "syntax"), "" where admitted.  reply: what the client was told.  reference: of the refusal.
-    by: the authority or the rule with its file and line.
+    by: the authority or the rule with its file and line.  would: what the verdict would be if the entries that are only
+    watched were acted on.
     """
 
     forward_path: str
@@ -47,6 +48,7 @@ class RecipientRecord(TypedDict):
     reply: NotRequired[str]
     reference: NotRequired[str]
     by: NotRequired[str]
+    would: NotRequired[str]
 
 
 class LoginRecord(TypedDict):
@@ -69,7 +71,7 @@ class TransactionRecord(TypedDict):
 
     verdict: "accepted", "deferred" or "refused" by the final reply to content; "" where none was given.
     reply: that reply, or the one that refused MAIL.  reference, by: of a refusal at MAIL.  message: the id in the trace
-    field.  would: what would have been refused, where the listener only logs it.
+    field.  would: what would have been refused, where the listener only logs it, or an entry is only watched.
     """
 
     reverse_path: str
