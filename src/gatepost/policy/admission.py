@@ -39,14 +39,17 @@ class SendAsRules:
 
     Attributes:
         domains: our local domains without wildcards: an account that is no address has one at each of them.
+        domain_names: the same, to be looked up.
         by_account: the entries by the account that they name, "*" for all, each with the texts of its patterns.
     """
 
     entries: tuple[SendAsEntry, ...] = ()
     domains: tuple[str, ...] = ()
+    domain_names: frozenset[str] = field(init=False, repr=False, compare=False)
     by_account: dict[str, list[tuple[SendAsEntry, frozenset[str]]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "domain_names", frozenset(self.domains))
         by_account: dict[str, list[tuple[SendAsEntry, frozenset[str]]]] = {}
         for entry in self.entries:
             for account in entry.accounts:
@@ -69,7 +72,7 @@ def author(rules: SendAsRules, identity: Identity, mailboxes: Iterable[Mailbox],
     """
     for mailbox in mailboxes:
         texts = set(pattern_texts(mailbox))
-        if texts.isdisjoint(_own(rules, identity)) and not any(
+        if texts.isdisjoint(_own(rules, identity, mailbox)) and not any(
             not allowed.isdisjoint(texts) for _, allowed in _granted(rules, identity, now)
         ):
             return Refuse(
@@ -80,10 +83,16 @@ def author(rules: SendAsRules, identity: Identity, mailboxes: Iterable[Mailbox],
     return None
 
 
-def _own(rules: SendAsRules, identity: Identity) -> Iterator[str]:
-    """The exact texts of the account's own addresses."""
+def _own(rules: SendAsRules, identity: Identity, mailbox: Mailbox) -> Iterator[str]:
+    """The exact texts of the account's own addresses; of those at each local domain the one that may be this one."""
+    domain = mailbox.domain
+    at = [domain] if isinstance(domain, str) and domain in rules.domain_names else []
+    return _texts(identity, at)
+
+
+def _texts(identity: Identity, domains: Iterable[str]) -> Iterator[str]:
     account = identity.account
-    written = [account] if "@" in account else [f"{account}@{domain}" for domain in rules.domains]
+    written = [account] if "@" in account else [f"{account}@{domain}" for domain in domains]
     for address in (*written, *identity.addresses):
         # The path parser, not the one for patterns: a server that has a user "*" must not give it everybody's address.
         path = parse_reverse_path(f"<{address}>".encode("utf-8", "replace"), smtputf8=True)
@@ -101,7 +110,7 @@ def _granted(rules: SendAsRules, identity: Identity, now: float) -> Iterator[tup
 def _expected(rules: SendAsRules, identity: Identity, now: float) -> str:
     """Such as "expected alice@example.com or sales@example.com", in printable ASCII."""
     named = [
-        *_own(rules, identity),
+        *_texts(identity, rules.domains[: EXPECTED_MAX + 1]),
         *(str(p) for entry, _ in _granted(rules, identity, now) for p in entry.reverse_paths),
     ]
     shown = [text for text in dict.fromkeys(named) if text.isascii() and text.isprintable()]

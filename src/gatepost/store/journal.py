@@ -41,9 +41,10 @@ from gatepost.store.writer import packed
 IPNetwork = IPv4Network | IPv6Network
 
 READ_ROWS: Final = 5000
-DENSE_ROWS: Final = 200_000  # a network with more rows is found by reading back in time, with fewer by its range
+DENSE_ROWS: Final = 100_000  # a network with more rows is found by reading back in time, with fewer by its range
 _FOREVER_MS: Final = 1 << 61
 _FACTS_KNOWN: Final = 20_000
+_PLAIN: Final = Shape.PLAIN.value
 
 
 class Query(NamedTuple):
@@ -470,30 +471,33 @@ def _bare(row: Any) -> Session:  # noqa: ANN401
 
 def _entry(row: Any) -> Entry:  # noqa: ANN401
     """Raises one of ``DAMAGED``."""
-    more = json.loads(row.more) if row.more else {}
-    path = row.forward_path
+    (
+        _, at, _, number, stage, _, _, _, _, reverse, _, forward, _, shape, recipients, verdict, reason, reference, by,
+        detail, hint, reply, message, message_id, size, backend, would, more, _,
+    ) = row  # fmt: skip
+    said = json.loads(more) if more else None
     return Entry(
-        row.at / 1000,
-        row.number,
-        row.stage,
-        reverse_path(row.reverse_path),
-        None if path is None else forward_path(path, row.shape or Shape.PLAIN.value),
-        row.recipients,
-        row.verdict,
-        row.reason,
-        row.reference,
-        row.by,
-        row.detail,
-        row.hint,
-        row.reply,
-        row.message,
-        row.message_id,
-        row.size,
-        row.backend,
-        row.would,
+        at / 1000,
+        number,
+        stage,
+        reverse_path(reverse),
+        None if forward is None else forward_path(forward, shape or _PLAIN),
+        recipients,
+        verdict,
+        reason,
+        reference,
+        by,
+        detail,
+        hint,
+        reply,
+        message,
+        message_id,
+        size,
+        backend,
+        would,
         settles=False,
-        findings=findings(more.get("findings", [])),
-        authors=authors(more.get("authors", [])),
+        findings=findings(said.get("findings", [])) if said else (),
+        authors=authors(said.get("authors", [])) if said else (),
     )
 
 

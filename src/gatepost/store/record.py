@@ -373,7 +373,7 @@ def authors(value: object) -> tuple[Mailbox, ...]:
     return tuple(path for path in paths if isinstance(path, Mailbox))
 
 
-@lru_cache(maxsize=16384)  # who reads a million entries meets the same paths again and again
+@lru_cache(maxsize=65536)  # who reads a million entries meets the same paths again and again
 def reverse_path(written: str) -> ReversePath:
     """From the text of one; TypeError where it is none."""
     path = parse_reverse_path((written if written == "<>" else f"<{written}>").encode(), smtputf8=True)
@@ -382,7 +382,7 @@ def reverse_path(written: str) -> ReversePath:
     return path
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=65536)
 def forward_path(written: str, shape: str) -> ForwardPath:
     """As ``reverse_path``; a source route was dropped from the path, but its shape tells of it."""
     path = parse_forward_path(f"<{written}>".encode(), smtputf8=True)

@@ -106,7 +106,7 @@ class Writer:
         self._segments = segments(directory, settings.backlog_octets)
         self._backlog = _backlog_id(directory)
         self._facts: dict[int, None] = {}
-        self._facts_rows = 0  # about
+        self._facts_rows = self._facts_least = 0  # about; as many as verdicts name
         self._latest_ms = 0
         database.prepare()
         self._position = self._where_we_were()
@@ -150,7 +150,7 @@ class Writer:
         # Only now: what a transaction that failed had put there is not there.
         self._facts.update(dict.fromkeys(rows.facts))
         self._facts_rows += len(rows.facts)
-        if self._facts_rows > self._settings.entries_max * _FACTS_SHARE:
+        if self._facts_rows > max(self._settings.entries_max, self._facts_least) * _FACTS_SHARE:
             self._forget_facts()
         while len(self._facts) > _FACTS_KNOWN:
             del self._facts[next(iter(self._facts))]
@@ -166,7 +166,7 @@ class Writer:
         with self._database.transaction() as connection:
             named = select(ENTRIES.c.facts).distinct().scalar_subquery()
             self._facts_rows -= connection.execute(delete(FACTS).where(FACTS.c.id.not_in(named))).rowcount
-        self._facts = {}
+        self._facts, self._facts_least = {}, self._facts_rows
 
     def _rows(self, lines: list[bytes]) -> tuple[Rows, Step]:
         rows = Rows({}, [], [], {})

@@ -1,0 +1,127 @@
+"""``gatepost replay``: what another configuration would have done with the mail of the last days."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gatepost import config
+from gatepost.answers import records
+from gatepost.answers import replay as answers
+from gatepost.answers.refused import moment
+from gatepost.answers.replay import Change, Group, Replayed
+from gatepost.cli import BAD_NEWS, DONE
+from gatepost.cli.terminal import JsonOption, say, say_json
+from gatepost.config import Config, values
+from gatepost.errors import GatepostError
+
+_STYLES = {Change.REFUSED: "red", Change.DEFERRED: "yellow", Change.ADMITTED: "bold"}
+
+
+def replay(
+    *,
+    config_path: Annotated[str | None, Parameter(name="--config", help="The new configuration file.")] = None,
+    since: Annotated[str, Parameter(help='From when: how long ago, such as "7d" or "12h".')] = "7d",
+    until: Annotated[str, Parameter(help='Up to when, such as "1d" ago. Default: now.')] = "0",
+    journal_of: Annotated[
+        str | None,
+        Parameter(
+            help="The configuration whose journal is read. Default: ./gatepost.toml, then /etc/gatepost/gatepost.toml, "
+            "then the new one."
+        ),
+    ] = None,
+    limit: Annotated[int, Parameter(help="So many groups of changes are told.")] = 20,
+    as_json: JsonOption = False,
+) -> int:
+    """Decide the journal's verdicts again under another configuration, and tell what would change.
+
+    Newly refused and newly admitted mail, grouped by client and domain, the most surprising first. Nothing is changed.
+    Exit code: 0 nothing would change, 1 something would, 2 it could not be told.
+    """
+    if config_path is None:
+        raise GatepostError("--config is missing: the new configuration, to be tried on what the journal remembers")
+    now_s = datetime.now(UTC).timestamp()
+    begin, end = now_s - _ago(since, "--since"), now_s - _ago(until, "--until")
+    new = config.load_file(config_path)
+    owner = _journal_of(journal_of, new)
+    with records.journal(owner) as journal:
+        total = journal.count_between(begin, end)
+        with _progress(total, quiet=as_json) as progress:
+            replayed = answers.replay(new.gate, journal.verdicts(begin, end), now_s, progress=progress)
+        name = journal.name
+    if as_json:
+        say_json(answers.as_object(replayed, limit))
+    else:
+        _tell(replayed, name, begin, limit)
+    return DONE if replayed.same else BAD_NEWS
+
+
+def _ago(written: str, option: str) -> float:
+    try:
+        return values.duration_s(0 if written == "0" else written)
+    except ValueError as error:
+        raise GatepostError(f'{option} "{written}": {error}') from None
+
+
+def _journal_of(named: str | None, new: Config) -> Config:
+    """The configuration whose journal it is."""
+    found = config.find(named)
+    return new if found is None or found == new.config_path else config.load_file(found)
+
+
+@contextmanager
+def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing in a pipe."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    columns = (TextColumn("deciding again"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=total)
+        yield lambda done: shown.update(task, completed=done)
+
+
+def _tell(replayed: Replayed, name: str, begin: float, limit: int) -> None:
+    changes = replayed.changes
+    say(f"{_count(replayed.verdicts, 'verdict')} since {moment(begin)} decided again, from {name}")
+    if not replayed.verdicts:
+        say("there is nothing in the journal of that time", "yellow")
+        return
+    if replayed.same:
+        say("nothing would be refused or admitted that was not", "bold green")
+    for change in (Change.REFUSED, Change.DEFERRED, Change.ADMITTED):
+        if changes[change]:
+            say(f"{changes[change]:>9}  {change.value}", _STYLES[change])
+    if changes[Change.REASON]:
+        say(f"{changes[Change.REASON]:>9}  {Change.REASON.value}")
+    for group in replayed.groups[:limit]:
+        say("")
+        _tell_group(group)
+    left = len(replayed.groups) - limit
+    if left > 0:
+        say(f"\n{_count(left, 'group')} more; --limit shows them")
+    if replayed.others:
+        say(f"{_count(replayed.others, 'change')} more, of too many clients and domains to tell one by one")
+    for note in replayed.notes:
+        say(f"note: {note}", "yellow")
+
+
+def _tell_group(group: Group) -> None:
+    entry = group.example.entry
+    say(f"{group.change.value}: {group.actor}, {group.domain}: {group.why}", _STYLES[group.change])
+    say(f"  then {group.then}; now {group.now}")
+    path = "" if entry.forward_path is None else f" to {entry.forward_path}"
+    reference = entry.reference or entry.message or group.example.reference
+    client = group.example.session.client.address
+    say(f"  such as {reference} of {moment(entry.at)}: {client}, from {entry.reverse_path}{path}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
