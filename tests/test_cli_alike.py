@@ -103,7 +103,7 @@ def test_in_a_pipe_it_shows_all_and_writes_nothing(here, capsys):
         '  network = "192.0.2.77"\n  reverse_paths = ["a@x.example"]\n  forward_paths = ["victim@elsewhere.exampl'
         in out
     )
-    assert "it would have let through 1 message (1 recipient)" in out
+    assert "it would have let through 1 recipient\n" in out
     assert "PROVEN: nobody else may send elsewhere" in out
     assert "To be added at gatepost.toml:22" in out
     assert out.endswith("nothing is written; --write does\n")
@@ -173,7 +173,7 @@ def test_for_a_program(here, capsys):
     assert told["entry"]["network"] == "192.0.2.77"
     assert told["proof"]["proven"]
     assert told["row"]["reference"] == "00000012-1"
-    assert told["replay"]["admitted"]["messages"] == 1
+    assert told["replay"]["newly_admitted"] == 1
     code, out, _ = typed(capsys, "allow", "00000012-1", "--json", "--write")
     told = json.loads(out)
     assert (code, told["written"], told["reload"]["taken"]) == (0, True, None)

@@ -213,7 +213,7 @@ def test_where_no_entry_helps_it_says_what_does(row, of, said):
 
 
 def test_what_is_proposed_lets_it_pass_and_is_proven():
-    told, old, new, rules = decided(allowed())
+    told, old, new, gate = decided(allowed())
     assert (told["advisable"], told["reasons"]) == (True, [])
     assert old == CONFIG.encode()
     assert tomllib.loads(told["toml"]) == {"trust": [allowed().entry]}
@@ -221,7 +221,7 @@ def test_what_is_proposed_lets_it_pass_and_is_proven():
     assert told["where"] == f"gatepost.toml:{new.decode()[: new.decode().index('192.0.2.77')].count(chr(10))}"
     assert told["proof"]["proven"]
     assert told["entry"]["expires"] == "2027-02-24", "as JSON has it"
-    assert rules is not None
+    assert gate is not None
     assert "+[[trust]]" in told["diff"]
 
 
@@ -364,14 +364,15 @@ def test_it_tells_what_would_have_passed(place):
         record([RELAY], session(17, client="192.0.2.78")),
     )
     proposed = allowed()
-    rules = decided(proposed).rules
-    assert rules is not None
-    told = alike.replay(place.journal(), loaded().gate.rules, rules, proposed.query, NOW_S)
-    assert (told["admitted"]["messages"], told["refused"]["messages"]) == (2, 0)
-    assert (told["rows"], told["complete"], told["kept_since"]) == (3, True, None)
-    assert alike.replay_text(told)[:2] == [
-        "in the last 30 days it would have let through 2 messages (2 recipients)",
-        "  2026-11-26 11:59 a@x.example to victim@elsewhere.example, which was refused",
+    gate = decided(proposed).gate
+    assert gate is not None
+    told = alike.replay(place.journal(), loaded().gate, gate, proposed.query, NOW_S)
+    assert (told["newly_admitted"], told["newly_refused"], told["refused_for_another_reason"]) == (2, 0, 1)
+    assert (told["verdicts"], told["complete"], told["kept_since"]) == (3, True, None)
+    like = "such as a@x.example to victim@elsewhere.example, from 192.0.2.77"
+    assert alike.replay_text(told) == [
+        "in the last 30 days it would have let through 2 recipients",
+        f"  {like}: a stranger's mail, refused 2 times on 2 days, would pass",
     ]
 
 

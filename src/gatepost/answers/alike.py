@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from gatepost import config
 from gatepost.answers import decided, proof, trace
+from gatepost.answers import replay as replaying
 from gatepost.answers.refused import moment, stamp
 from gatepost.config import Config, dialects, edit, exposure, sentences, settings, values
 from gatepost.config.document import Document
@@ -88,13 +89,13 @@ class Decision(NamedTuple):
     Attributes:
         told: the answer as an object.
         old, new: the file as it is, and with the entry in it; ``new`` is b"" where it is not to be written.
-        rules: those of the file with the entry in it.
+        gate: what the file with the entry in it says; None where there is no entry.
     """
 
     told: dict[str, Any]
     old: bytes = b""
     new: bytes = b""
-    rules: RelayRules | None = None
+    gate: GateSettings | None = None
 
 
 # --- Which row --------------------------------------------------------------------------------------------------------
@@ -476,7 +477,7 @@ def decision(loaded: Config, octets: bytes, kept: Kept, proposed: Proposal | Una
         except ConfigError as error:
             reasons = list(error.problems)
     told |= {"advisable": not reasons, "reasons": reasons}
-    return Decision(told, octets, b"" if reasons else new, gate.rules)
+    return Decision(told, octets, b"" if reasons else new, gate)
 
 
 def _proof(document: Document, gate: GateSettings, now: float) -> dict[str, Any]:
@@ -506,30 +507,26 @@ def _wrong(gate: GateSettings, kept: Kept, proposed: Proposal, told: Mapping[str
         yield "with this entry it would not be denied"
 
 
-def replay(journal: Journal, old: RelayRules, new: RelayRules, query: Query | None, now: float) -> dict[str, Any]:
-    """What the entry would have changed in the last days.
+def replay(
+    journal: Journal, before: GateSettings, gate: GateSettings, query: Query | None, now: float
+) -> dict[str, Any]:
+    """What the entry would have changed in the last days, as ``gatepost replay`` tells it.
 
     Args:
-        old, new: the rules without and with the entry; query: the rows that it can be about.
+        before, gate: without and with the entry; query: the rows that it can be about.
 
     Raises:
         StorageError: the journal cannot be read.
     """
     since = now - REPLAY_DAYS * DAY_S
     rows = _Rows(journal, query, since, now)
-    admitted, refused = _Tally(), _Tally()
-    for kept in rows:
-        before, after = (_admits(rules, kept) for rules in (old, new))
-        if before != after:
-            (admitted if after else refused).add(kept)
+    replayed = replaying.replay(gate, rows, now, before=before)
     return {
         "since": stamp(since),
         "days": REPLAY_DAYS,
-        "rows": rows.read,
         "complete": rows.complete,
         "kept_since": _kept_since(journal, since),
-        "admitted": admitted.told(),
-        "refused": refused.told(),
+        **replaying.as_object(replayed, EXAMPLES),
     }
 
 
@@ -542,52 +539,23 @@ def counted(journal: Journal, possible: Iterable[Alternative], now: float) -> li
     since, told = now - REPLAY_DAYS * DAY_S, []
     for one in possible:
         rules = RelayRules(deny=(one.entry,), recipients_max=0)
-        rows, hit, passed = _Rows(journal, one.query, since, now), _Tally(), _Tally()
+        rows, hit, passed = _Rows(journal, one.query, since, now), set(), set()
         for kept in rows:
             if _denies(rules, kept):
-                hit.add(kept)
+                message = (kept.reference, kept.entry.number)
+                hit.add(message)
                 if kept.entry.verdict in ("accepted", "admitted"):
-                    passed.add(kept)
+                    passed.add(message)
         told.append(
             {
                 "by": one.by,
                 "value": one.value,
-                "messages": len(hit.messages),
-                "accepted": len(passed.messages),
+                "messages": len(hit),
+                "accepted": len(passed),
                 "complete": rows.complete,
             }
         )
     return told
-
-
-class _Tally:
-    """Rows counted by recipients and by messages."""
-
-    def __init__(self) -> None:
-        self.recipients = 0
-        self.messages: set[tuple[object, ...]] = set()
-        self._newest: list[Kept] = []
-
-    def add(self, kept: Kept) -> None:
-        self.recipients += 1
-        self.messages.add((kept.reference, kept.entry.number))
-        self._newest = sorted([*self._newest, kept], key=lambda one: -one.entry.at)[:EXAMPLES]
-
-    def told(self) -> dict[str, Any]:
-        """As an object."""
-        examples = [
-            {
-                "time": stamp(kept.entry.at),
-                "client": str(kept.session.client.address),
-                "account": None if kept.session.identity is None else kept.session.identity.account,
-                "reverse_path": str(kept.entry.reverse_path),
-                "forward_path": None if kept.entry.forward_path is None else str(kept.entry.forward_path),
-                "verdict": kept.entry.verdict,
-                "reason": kept.entry.reason or None,
-            }
-            for kept in self._newest
-        ]
-        return {"messages": len(self.messages), "recipients": self.recipients, "examples": examples}
 
 
 class _Rows:
@@ -618,14 +586,6 @@ class _Rows:
                 self.complete = False
                 return
             yield kept
-
-
-def _admits(rules: RelayRules, kept: Kept) -> bool:
-    entry = kept.entry
-    transaction = Transaction(kept.session, entry.reverse_path, entry.recipients, entry.at)
-    if entry.forward_path is None:
-        return relay.denied(rules, transaction) is None
-    return isinstance(relay.decide(rules, transaction, entry.forward_path), Admit)
 
 
 def _denies(rules: RelayRules, kept: Kept) -> bool:
@@ -685,24 +645,18 @@ def _day(kept: Kept) -> str:
 
 def replay_text(told: Mapping[str, Any]) -> list[str]:
     """What the entry would have changed, in sentences."""
-    lines = []
-    for word, change in (("let through", told["admitted"]), ("refused", told["refused"])):
-        if change["messages"]:
-            lines.append(
-                f"{word} {_count(change['messages'], 'message')} ({_count(change['recipients'], 'recipient')})"
-            )
-    text = " and ".join(lines) or "changed nothing"
+    changes = [
+        f"{word} {told[change]:,} {'recipient' if told[change] == 1 else 'recipients'}"
+        for word, change in (("let through", "newly_admitted"), ("refused", "newly_refused"))
+        if told[change]
+    ]
     since = f"in the last {told['days']} days"
     if told["kept_since"]:
         since = f"since {told['kept_since'][:10]}, when the journal begins,"
-    more = "" if told["complete"] else f"; only {told['rows']:,} rows were read, and there are more"
-    out = [f"{since} it would have {text}{more}"]
-    for change in (told["admitted"], told["refused"]):
-        for one in change["examples"]:
-            to = f" to {one['forward_path']}" if one["forward_path"] is not None else ""
-            out.append(f"  {one['time'][:16].replace('T', ' ')} {one['reverse_path']}{to}, which was {one['verdict']}")
-    return out
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    more = "" if told["complete"] else f"; only {told['verdicts']:,} rows were read, and there are more"
+    out = [f"{since} it would have {' and '.join(changes) or 'changed nothing'}{more}"]
+    for group in told["groups"]:
+        one = group["example"]
+        to = f" to {one['forward_path']}" if one["forward_path"] is not None else ""
+        out.append(f"  such as {one['reverse_path']}{to}, from {one['client']}: {group['why']}")
+    return [*out, *told["notes"]]

@@ -140,9 +140,9 @@ def _decide(
     # Outside of the journal, within which root is another user: the file may name secrets that only root reads.
     decision = alike.decision(loaded, octets, kept, proposed, now)
     told = {"decision": asked.decision, **decision.told}
-    if isinstance(proposed, Proposal) and decision.rules is not None:
+    if isinstance(proposed, Proposal) and decision.gate is not None:
         with records.journal(loaded) as journal:
-            told["replay"] = alike.replay(journal, loaded.gate.rules, decision.rules, proposed.query, now)
+            told["replay"] = alike.replay(journal, loaded.gate, decision.gate, proposed.query, now)
             if proposed.table == "deny":
                 told["alternatives"] = alike.counted(journal, alike.alternatives(kept), now)
     if not asked.as_json:
