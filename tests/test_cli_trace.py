@@ -100,8 +100,39 @@ def test_an_empty_journal_and_one_that_is_switched_off(place, capsys):
     assert "is empty" in capsys.readouterr().err
     assert not (place.directory / "journal").exists()
     Path("gatepost.toml").write_text(CONFIG + "\n[journal]\nenabled = false\n")
-    assert cli.main(["trace"]) == 1
-    assert "[journal] enabled = false" in capsys.readouterr().err
+    for follow in ([], ["-f"]):
+        assert cli.main(["trace", *follow]) == 2
+        assert "[journal] enabled = false (gatepost.toml:16); remove that" in capsys.readouterr().err
+
+
+def test_what_was_kept_before_it_was_switched_off_is_found(kept, capsys):
+    Path("gatepost.toml").write_text(CONFIG + "\n[journal]\nenabled = false\n")
+    assert cli.main(["trace", "--account", "anna"]) == 0
+    said = capsys.readouterr()
+    assert len(lines(said.out)) == 1
+    assert "what comes now is not in it" in said.err
+    assert cli.main(["trace", "-f"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--limit", "0"], "write a number from 1 to"),
+        (["--limit", "-1", "-f"], "0 goes with --follow"),
+        (["--sessions", "-f"], "leave --sessions out"),
+        (["--sessions", "--reason", "rate"], "sessions are found by client"),
+    ],
+)
+def test_what_does_not_go_together_is_said(kept, capsys, arguments, said):
+    assert cli.main(["trace", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_it_says_that_there_is_more(kept, capsys):
+    assert cli.main(["trace", "--limit", "1"]) == 0
+    assert capsys.readouterr().err == "these are the 1 newest, and there are more: --limit and --until show others\n"
+    assert cli.main(["trace", "--limit", "2"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_bad_usage_and_a_damaged_file_are_exit_2(kept, capsys):
@@ -175,8 +206,39 @@ def test_follow_shows_what_comes_through_a_database_that_goes_away(kept):
         assert "is damaged" in follower.stderr.readline()
         path.unlink()
         path.with_name("away").rename(path)
-        assert follower.stderr.readline() == "the journal answers again\n"
+        assert follower.stderr.readline() == f"the journal in {path} answers again\n"
         kept.keep(record([entry(reverse_path=Mailbox("newer", "x.example"))], anna))
         assert json.loads(follower.stdout.readline())["reverse_path"] == "newer@x.example"
         follower.send_signal(signal.SIGINT)
         assert follower.wait(30) == 130
+
+
+def test_follow_ends_when_its_reader_goes_away_though_nothing_comes(kept):
+    command = [sys.executable, "-m", "gatepost", "trace", "-f", "--limit", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        assert follower.stderr is not None
+        follower.stdout.close()
+        assert follower.wait(30) == 2
+        assert follower.stderr.read() == ""
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_follow_on_a_terminal(kept, columns):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "gatepost", "trace", "-f", "--client", "192.0.2.77"]
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as follower:
+        os.close(theirs)
+        seen = b""
+        while b"relaying" not in seen:
+            seen += os.read(ours, 65536)
+        kept.keep(record([refused("00000012-2", at=NOON_S + 2)], session(12, client="192.0.2.77")))
+        while b"00000012-2] relaying" not in seen:
+            seen += os.read(ours, 65536)
+        follower.send_signal(signal.SIGINT)
+        assert follower.wait(30) == 130
+    os.close(ours)
+    line = next(line for line in seen.decode().splitlines() if "00000012-2" in line)
+    assert line.split()[:3] == ["08:00:02", "192.0.2.77", "a@x.example"]
+    assert len(line) <= max(columns, 93)

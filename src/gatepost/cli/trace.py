@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import select
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from io import UnsupportedOperation
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -21,14 +23,15 @@ from gatepost.answers.refused import moment
 from gatepost.cli import BAD_NEWS, DONE, printable
 from gatepost.cli.terminal import ConfigOption, JsonOption, warn
 from gatepost.config import Config
-from gatepost.errors import StorageError
+from gatepost.errors import GatepostError, StorageError
 from gatepost.store.journal import Journal, Kept, KeptSession, Query
 
 FOLLOW_S = 0.3
 LIMIT_MAX = 1_000_000
 
 _STYLES = {"accepted": "green", "refused": "red", "deferred": "yellow", "admitted": ""}
-_FOLLOWED_COLUMNS = (8, 24, 28, 28, 8)
+WIDE_COLUMNS = 120
+_FOLLOWED_COLUMNS = {False: (8, 15, 18, 18, 8), True: (8, 24, 32, 32, 8)}  # the second where the terminal is wide
 
 
 def trace(
@@ -55,7 +58,7 @@ def trace(
     since: Annotated[
         str, Parameter(help='How long ago, such as "2h" or "7d"; or 2026-11-20, 2026-11-20T14:30 (UTC).')
     ] = "",
-    until: Annotated[str, Parameter(help="As --since.")] = "",
+    until: Annotated[str, Parameter(help="As --since; a day means its end.")] = "",
     limit: Annotated[int, Parameter(help="So many, the newest; they are shown with the newest last.")] = 50,
     sessions: Annotated[
         bool,
@@ -79,61 +82,92 @@ def trace(
     as_lines = as_json or not sys.stdout.isatty()
     if understood.taken_for and not as_json:
         warn(f'"{text}" is taken for {understood.taken_for}')
-    limit = min(max(limit, 1), LIMIT_MAX)
+    if not (0 if follow else 1) <= limit <= LIMIT_MAX:
+        raise GatepostError(f"--limit {limit}: write a number from 1 to {LIMIT_MAX:,}; 0 goes with --follow")
+    if sessions and follow:
+        raise GatepostError("--follow shows verdicts as they fall: leave --sessions out, or read the gate's log")
     with records.journal(loaded) as journal:
+        _refuse_where_none_is_kept(loaded, journal, follow=follow)
         if sessions:
-            return _sessions(loaded, journal, understood.queries, limit, as_lines=as_lines)
-        last = journal.last_id()
-        found = _found(journal, understood.queries, limit)
+            return _sessions(journal, understood.queries, limit, as_lines=as_lines)
+        last = journal.last_id() if follow else 0  # before the search: what comes meanwhile is in either
+        found = answers.find(journal, understood.queries, limit + 1)
+        more, found = len(found) > limit, found[-limit:] if limit else []
         if as_lines:
             _lines(found)
-        elif found or not follow:
+        else:
             _table(found)
         if follow:
-            _follow(journal, understood.queries, last, as_lines=as_lines)
+            told = (kept.id for kept in found)
+            _follow(journal, answers.Following(journal, understood.queries, last, told), as_lines=as_lines)
+        if more:
+            _say_more(limit)
         if not found:
-            _nothing(loaded, journal)
+            _nothing(journal)
     return DONE if found else BAD_NEWS
 
 
-def _found(journal: Journal, queries: Sequence[Query], limit: int) -> list[Kept]:
-    """The newest of all of them, the newest last."""
-    found = {kept.id: kept for query in queries for kept in journal.search(query, limit)}
-    return sorted(found.values(), key=lambda kept: (kept.entry.at, kept.id))[-limit:]
+def _refuse_where_none_is_kept(loaded: Config, journal: Journal, *, follow: bool) -> None:
+    """A journal that is switched off; what it has from before is found all the same."""
+    if loaded.gate.journal.enabled:
+        return
+    where = loaded.sources.at(("journal", "enabled"))
+    if journal.empty or follow:
+        raise GatepostError(
+            f"there is no journal to {'follow' if follow else 'search'}: [journal] enabled = false ({where}); remove "
+            "that, and the gate keeps one from its next reload on"
+        )
+    warn(f"the journal is switched off, [journal] enabled = false ({where}): what comes now is not in it")
 
 
-def _nothing(loaded: Config, journal: Journal) -> None:
+def _say_more(limit: int) -> None:
+    warn(f"these are the {limit:,} newest, and there are more: --limit and --until show others")
+
+
+def _nothing(journal: Journal) -> None:
     since = journal.kept_since()
-    if not loaded.gate.journal.enabled:
-        warn("nothing is found: the journal is switched off, [journal] enabled = false")
-    elif since is None:
+    if since is None:
         warn(f"nothing is found: the journal in {journal.name} is empty")
     else:
         warn(f"nothing is found in the journal in {journal.name}, which begins on {moment(since)}")
 
 
-def _follow(journal: Journal, queries: Sequence[Query], last: int, *, as_lines: bool) -> None:
+def _follow(journal: Journal, following: answers.Following, *, as_lines: bool) -> None:
     """Until somebody has seen enough.  A database that goes away is waited for."""
-    away = False
+    wait, away = _waiting(), False
     while True:
         try:
-            found = {kept.id: kept for query in queries for kept in journal.after(last, query, 1000)}
-            newest = max(found) if len(found) >= 1000 else max(journal.last_id(), last)
+            found = following.step()
         except StorageError as error:
             if not away:
                 warn(f"{error}; waiting for it")
             away = True
         else:
             if away:
-                warn("the journal answers again")
-            away, last = False, newest
-            ordered = [found[number] for number in sorted(found)]
+                warn(f"the journal in {journal.name} answers again")
+            away = False
             if as_lines:
-                _lines(ordered)
+                _lines(found)
             else:
-                for kept in ordered:
+                for kept in found:
                     _line(kept)
-        time.sleep(FOLLOW_S)
+        wait()
+
+
+def _waiting() -> Callable[[], None]:
+    """Waits a moment.  Where whoever reads us went away it is known at once, though nothing may come for hours."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (UnsupportedOperation, AttributeError):
+        return lambda: time.sleep(FOLLOW_S)
+    poll = select.poll()
+    poll.register(descriptor, 0)
+
+    def wait() -> None:
+        if poll.poll(FOLLOW_S * 1000):
+            raise BrokenPipeError
+
+    return wait
 
 
 # --- Verdicts ---------------------------------------------------------------------------------------------------------
@@ -157,7 +191,7 @@ def _table(found: Sequence[Kept]) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     console = Console(highlight=False, markup=False, emoji=False)
-    wide = console.width >= 120
+    wide = console.width >= WIDE_COLUMNS
     days = len({kept.entry.at // 86400 for kept in found}) > 1
     for heading, most in (
         ("time UTC", 0),
@@ -180,10 +214,12 @@ def _table(found: Sequence[Kept]) -> None:
 def _line(kept: Kept) -> None:
     """One more, in columns of its own: what is still to come is not known."""
     *cells, why = _cells(kept)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    widths = _FOLLOWED_COLUMNS[console.width >= WIDE_COLUMNS]
     at = f"{datetime.fromtimestamp(kept.entry.at, UTC):%H:%M:%S}"
-    shown = [_fit(cell, columns) for cell, columns in zip((at, *cells), _FOLLOWED_COLUMNS, strict=True)]
+    shown = [_fit(cell, columns) for cell, columns in zip((at, *cells), widths, strict=True)]
     text = Text(printable(" ".join(shown[:-1]))).append(f" {shown[-1]}", _STYLES[kept.entry.verdict])
-    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(text.append(f" {printable(why)}"))
+    console.print(text.append(f" {printable(why)}"))
 
 
 def _fit(cell: str, columns: int) -> str:
@@ -195,16 +231,18 @@ def _fit(cell: str, columns: int) -> str:
 # --- Sessions ---------------------------------------------------------------------------------------------------------
 
 
-def _sessions(loaded: Config, journal: Journal, queries: Sequence[Query], limit: int, *, as_lines: bool) -> int:
-    found = {one.id: one for query in queries for one in journal.sessions(query, limit)}
-    ordered = sorted(found.values(), key=lambda one: (one.ended, one.id))[-limit:]
+def _sessions(journal: Journal, queries: Sequence[Query], limit: int, *, as_lines: bool) -> int:
+    found = answers.find_sessions(journal, queries, limit + 1)
+    ordered = found[-limit:]
     if as_lines:
         for one in ordered:
             sys.stdout.write(json.dumps(answers.session_row(one)) + "\n")
     elif ordered:
         _session_table(ordered)
+    if len(found) > limit:
+        _say_more(limit)
     if not ordered:
-        _nothing(loaded, journal)
+        _nothing(journal)
     return DONE if ordered else BAD_NEWS
 
 
