@@ -39,7 +39,7 @@ from gatepost.store.schema import REVISIONS
 BUSY_S: Final = 10.0
 CONNECT_S: Final = 5
 _REVISION: Final = Table("alembic_version", MetaData(), Column("version_num", String(32)))  # Alembic's own
-_SQLITE_CACHE_KIB: Final = 64 << 10
+_SQLITE_CACHE_KIB: Final = 128 << 10
 
 
 def sqlite_path(data: str) -> Path:

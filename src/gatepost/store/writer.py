@@ -44,7 +44,7 @@ from gatepost.store.schema import BACKLOGS, ENTRIES, FACTS, SESSIONS, STATE
 from gatepost.store.segments import Position
 from gatepost.store.settings import JournalSettings
 
-READ_OCTETS: Final = 2 << 20  # more than the longest line
+READ_OCTETS: Final = 8 << 20  # in a large database the pages that rows share are written once a batch
 DAY_MS: Final = 86_400_000
 TIDY_ROWS: Final = 1000
 CLOCK_BACK_MS: Final = 60_000
