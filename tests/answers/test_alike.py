@@ -304,6 +304,16 @@ def test_by_what_the_row_does_not_have_is_said(by, said):
         denied(by=by)
 
 
+def test_a_client_whose_other_mail_is_wanted_is_not_denied_by_its_address():
+    proposed = alike.deny(loaded(), kept(TAKEN), Wish(), NOW_S, [{"by": "network", "others": 5}])
+    assert isinstance(proposed, Proposal)
+    assert proposed.entry == {"reverse_path": "a@x.example", **WHY}
+    assert proposed.notes[0] == "5 other messages of the same client with other reverse-paths were accepted"
+    proposed = alike.deny(loaded(), kept(TAKEN), Wish(), NOW_S, [{"by": "network", "others": 0}])
+    assert isinstance(proposed, Proposal)
+    assert "network" in proposed.entry
+
+
 def test_what_is_denied_already_is_said():
     proposed = alike.deny(loaded(), kept(TAKEN._replace(reverse_path=Mailbox("x", "spam.test"))), Wish(), NOW_S)
     assert isinstance(proposed, Unadvised)
@@ -382,19 +392,19 @@ def test_it_tells_how_often_each_way_to_deny_would_have_hit(place):
         record([TAKEN], session(18, client="192.0.2.78", hello="other.test")),
         record([TAKEN._replace(reverse_path=Mailbox("b", "x.example"))], session(19, client="192.0.2.79")),
     )
-    told = alike.counted(place.journal(), alike.alternatives(kept(TAKEN)), NOW_S)
-    assert [(one["by"], one["messages"], one["accepted"], one["complete"]) for one in told] == [
-        ("network", 3, 2, True),
-        ("reverse_path", 4, 3, True),
-        ("forward_path", 4, 4, True),
-        ("helo", 4, 3, True),
+    told = alike.counted(place.journal(), kept(TAKEN), NOW_S)
+    assert [(one["by"], one["messages"], one["accepted"], one["others"], one["complete"]) for one in told] == [
+        ("network", 3, 2, 0, True),
+        ("reverse_path", 4, 3, 0, True),
+        ("forward_path", 4, 4, 1, True),
+        ("helo", 4, 3, 1, True),
     ]
 
 
 def test_a_count_is_bounded_and_says_so(place, monkeypatch):
     monkeypatch.setattr(alike, "ROWS_MAX", 2)
     place.keep(record([TAKEN._replace(number=number) for number in range(1, 5)], STRANGER))
-    (told,) = alike.counted(place.journal(), alike.alternatives(kept(TAKEN))[:1], NOW_S)
+    told = alike.counted(place.journal(), kept(TAKEN), NOW_S)[0]
     assert (told["messages"], told["complete"]) == (2, False)
 
 

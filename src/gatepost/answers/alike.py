@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time as clock
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from ipaddress import IPv6Address
 from typing import Any, Final, NamedTuple
@@ -370,21 +370,28 @@ def alternatives(kept: Kept) -> list[Alternative]:
     return found
 
 
-def deny(loaded: Config, kept: Kept, wish: Wish, now: float) -> Proposal | Unadvised:
+def deny(
+    loaded: Config, kept: Kept, wish: Wish, now: float, counts: Sequence[Mapping[str, Any]] = ()
+) -> Proposal | Unadvised:
     """The narrowest [[deny]] entry that refuses this.
 
     A stranger is denied by address, which nobody can forge who wants an answer.  Of whoever is trusted, by a login or
-    by an entry, the reverse-path is denied: its address may be that of many.
+    by an entry, and of a client whose other mail is accepted, the reverse-path is denied: the address may be that of
+    many.
+
+    Args:
+        counts: what ``counted`` tells of the alternatives, () where nobody counted.
     """
     verdict = _now(loaded.gate, kept, now)
     if isinstance(verdict, Refuse) and verdict.reason is Reason.DENIED:
         rule = explanation.rule_text(loaded.gate.rules, verdict)
         return Unadvised((f"there is nothing to deny: {rule} at {verdict.where} refuses it already",))
     possible = alternatives(kept)
-    by_path = _trusted(loaded.gate, kept, verdict) and isinstance(kept.entry.reverse_path, Mailbox)
+    named = isinstance(kept.entry.reverse_path, Mailbox) and any(one.by == "reverse_path" for one in possible)
+    others = _others_accepted(counts)
     by = _by(wish.by, possible)
     if not by:
-        by = "reverse_path" if by_path and any(one.by == "reverse_path" for one in possible) else "network"
+        by = "reverse_path" if named and (others or _trusted(loaded.gate, kept, verdict)) else "network"
     chosen = next(one for one in possible if one.by == by)
     entry: dict[str, edit.Value] = {by: chosen.value}
     query = chosen.query
@@ -397,7 +404,16 @@ def deny(loaded: Config, kept: Kept, wish: Wish, now: float) -> Proposal | Unadv
     expires = _expires(wish.expires, now) if wish.expires else None
     if expires is not None:
         entry["expires"] = expires
-    return Proposal("deny", entry, query, tuple(_about_denying(kept, next(iter(entry)))))
+    notes = list(_about_denying(kept, next(iter(entry))))
+    if others:
+        word = "message" if others == 1 else "messages"
+        notes.insert(0, f"{others:,} other {word} of the same client with other reverse-paths were accepted")
+    return Proposal("deny", entry, query, tuple(notes))
+
+
+def _others_accepted(counts: Sequence[Mapping[str, Any]]) -> int:
+    """How many messages that nobody complains about would be lost with the client's address."""
+    return next((int(one["others"]) for one in counts if one["by"] == "network"), 0)
 
 
 def _by(written: str | None, possible: Iterable[Alternative]) -> str:
@@ -530,28 +546,32 @@ def replay(
     }
 
 
-def counted(journal: Journal, possible: Iterable[Alternative], now: float) -> list[dict[str, Any]]:
-    """How many messages of the last days each way to deny would have hit.
+def counted(journal: Journal, kept: Kept, now: float) -> list[dict[str, Any]]:
+    """How many messages of the last days each way to deny would have hit; "others": accepted, of other reverse-paths.
 
     Raises:
         StorageError: the journal cannot be read.
     """
     since, told = now - REPLAY_DAYS * DAY_S, []
-    for one in possible:
+    for one in alternatives(kept):
         rules = RelayRules(deny=(one.entry,), recipients_max=0)
-        rows, hit, passed = _Rows(journal, one.query, since, now), set(), set()
-        for kept in rows:
-            if _denies(rules, kept):
-                message = (kept.reference, kept.entry.number)
-                hit.add(message)
-                if kept.entry.verdict in ("accepted", "admitted"):
-                    passed.add(message)
+        rows = _Rows(journal, one.query, since, now)
+        hit: dict[tuple[str, int], Kept] = {}
+        passed: dict[tuple[str, int], Kept] = {}
+        for row in rows:
+            if _denies(rules, row):
+                message = (row.reference, row.entry.number)
+                hit[message] = row
+                if row.entry.verdict in ("accepted", "admitted"):
+                    passed[message] = row
+        others = sum(row.entry.reverse_path != kept.entry.reverse_path for row in passed.values())
         told.append(
             {
                 "by": one.by,
                 "value": one.value,
                 "messages": len(hit),
                 "accepted": len(passed),
+                "others": others,
                 "complete": rows.complete,
             }
         )

@@ -23,6 +23,8 @@ from gatepost.config import Config, edit, sentences
 from gatepost.errors import ConfigError, GatepostError
 from gatepost.store.journal import Kept
 
+Counts = list[dict[str, Any]]
+
 Reference = Annotated[
     str | None,
     Parameter(help="The reference in a refusal, such as K7Q2M9XD-1, or the id of a message, such as K7Q2M9XD.1."),
@@ -62,7 +64,7 @@ def allow(
     """
     wish = Wish(network, forward_domain, any_forward_path, any_reverse_path, None, why, owner, expires)
     asked = _Asked("allow", reference, row_id, write=write, dry_run=dry_run, as_json=as_json)
-    return _decide(asked, config_path, wish, alike.allow)
+    return _decide(asked, config_path, lambda loaded, kept, now, _: alike.allow(loaded, kept, wish, now))
 
 
 def deny(
@@ -93,7 +95,7 @@ def deny(
         raise GatepostError("--network says by what to deny: leave --by out")
     wish = Wish(network, by=by, why=why, owner=owner, expires=expires)
     asked = _Asked("deny", reference, row_id, write=write, dry_run=dry_run, as_json=as_json)
-    return _decide(asked, config_path, wish, alike.deny)
+    return _decide(asked, config_path, lambda loaded, kept, now, counts: alike.deny(loaded, kept, wish, now, counts))
 
 
 class _Asked:
@@ -116,8 +118,7 @@ class _Asked:
 def _decide(
     asked: _Asked,
     config_path: str | None,
-    wish: Wish,
-    propose: Callable[[Config, Kept, Wish, float], Proposal | Unadvised],
+    propose: Callable[[Config, Kept, float, Counts], Proposal | Unadvised],
 ) -> int:
     now = datetime.now(UTC).timestamp()
     path = config.find(config_path)
@@ -130,21 +131,24 @@ def _decide(
     with records.journal(loaded) as journal:
         kept = alike.look_up(journal, asked.reference, asked.row_id)
         nothing = alike.not_found(journal) if kept is None else ""
+        counts: Counts = []
+        if asked.decision == "deny" and kept is not None and not kept.pseudonymous:
+            counts = alike.counted(journal, kept, now)
     if kept is None:
         return _not_found(asked, nothing)
     if kept.pseudonymous:
         raise GatepostError(
             "the row is so old that its names and its client are pseudonyms by now: nothing can be told by it"
         )
-    proposed = propose(loaded, kept, wish, now)
+    proposed = propose(loaded, kept, now, counts)
     # Outside of the journal, within which root is another user: the file may name secrets that only root reads.
     decision = alike.decision(loaded, octets, kept, proposed, now)
     told = {"decision": asked.decision, **decision.told}
     if isinstance(proposed, Proposal) and decision.gate is not None:
         with records.journal(loaded) as journal:
             told["replay"] = alike.replay(journal, loaded.gate, decision.gate, proposed.query, now)
-            if proposed.table == "deny":
-                told["alternatives"] = alike.counted(journal, alike.alternatives(kept), now)
+    if counts:
+        told["alternatives"] = counts
     if not asked.as_json:
         _tell(told)
     if not decision.new:
