@@ -41,6 +41,13 @@ ROWS_MAX: Final = 100_000  # of the journal, for one count
 SCAN_S: Final = 10.0  # for a count that no index helps
 EXAMPLES: Final = 5
 _MESSAGE: Final = re.compile(r"[0-9A-HJKMNP-TV-Z]{8}\.[0-9]{1,9}")
+# RFC 1918, RFC 6598, RFC 1122 §3.2.1.3, RFC 4193, RFC 4291 §2.5.3: addresses that proxies and NAT have on the inside.
+_HIDING: Final = tuple(
+    map(
+        values.network,
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8", "fc00::/7", "::1"),
+    )
+)
 BY: Final = ("network", "reverse_path", "forward_path", "helo", "host")
 
 
@@ -444,7 +451,7 @@ def _about_denying(kept: Kept, by: str) -> Iterator[str]:
         yield "a client may claim another one at any time; an address is harder to change"
     if by == "reverse_path" and not isinstance(kept.entry.reverse_path, Mailbox):
         yield "the null reverse-path is that of every bounce: none would reach anybody here any more"
-    if by == "network" and (address.is_private or address.is_loopback):
+    if by == "network" and any(address in network for network in _HIDING):
         yield f"{address} is no public address, and may stand for many clients behind a proxy or NAT"
     if by == "network" and isinstance(address, IPv6Address):
         yield "whoever has one IPv6 address mostly has its /64: --network denies that"
