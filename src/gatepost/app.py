@@ -15,10 +15,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gatepost import __version__
 from gatepost.errors import GatepostError
@@ -26,6 +26,7 @@ from gatepost.telemetry import Level, Metrics, Occupancy, SessionLog, StatusBoar
 
 if TYPE_CHECKING:
     from gatepost.config import Config
+    from gatepost.console.pages import Answers
     from gatepost.gate.settings import GateSettings
     from gatepost.gate.supervisor import Plan
 
@@ -183,13 +184,50 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _console_main(options: argparse.Namespace) -> int:
+    from gatepost import config
     from gatepost.console import server
+    from gatepost.console.login import Login
 
+    octets = os.pread(options.config, os.fstat(options.config).st_size, 0)
+    os.close(options.config)
+    loaded = config.load(octets, options.path)
     metrics = Metrics(map_memory(options.metrics, writable=False), 0)
     board = StatusBoard(map_memory(options.board, writable=False))
-    app = server.application(metrics, board, __version__)
+    app = server.application(metrics, board, __version__, _answers(loaded, octets), Login.in_data(loaded.data))
     asyncio.run(server.serve(app, socket.socket(fileno=options.socket), socket.socket(fileno=options.lifeline)))
     return 0
+
+
+def _answers(loaded: Config, octets: bytes) -> Answers:
+    """What the console's pages ask, of the configuration in force."""
+    from gatepost.answers import described, proof, refused, tried
+    from gatepost.console.pages import Answers
+
+    def explain(asked: Mapping[str, str]) -> dict[str, Any]:
+        if "reference" in asked:
+            return refused.by_reference(loaded, asked["reference"])
+        missing = [name for name in ("client", "reverse_path", "forward_path") if name not in asked]
+        if missing:
+            raise GatepostError(f"say which reference, or describe a message: {' and '.join(missing)} missing")
+        known = {name: asked[name] for name in described.Question._fields if name in asked}
+        return described.answer(loaded, described.Question(**known))
+
+    def selftest(listeners: list[Any]) -> dict[str, Any]:
+        return tried.as_object(asyncio.run(tried.compared(loaded.gate, listeners, lambda _: None)))
+
+    def in_words(answer: dict[str, Any]) -> list[tuple[str, str]]:
+        if "found" not in answer:
+            return described.lines(answer)
+        return refused.lines(answer) if answer["found"] else []
+
+    return Answers(
+        explain=explain,
+        proof=lambda: proof.answer(octets, loaded.config_path).told,
+        selftest=selftest,
+        in_words=in_words,
+        names=frozenset({loaded.gate.name}),
+        now_s=lambda: datetime.now(UTC).timestamp(),
+    )
 
 
 # ---- the journal's writer
@@ -226,8 +264,9 @@ def main(arguments: Sequence[str]) -> int:
         worker.add_argument(option, type=int, required=True)
     console = parts.add_parser("console")
     console.set_defaults(main=_console_main)
-    for option in ("--socket", "--metrics", "--board", "--lifeline"):
+    for option in ("--socket", "--metrics", "--board", "--config", "--lifeline"):
         console.add_argument(option, type=int, required=True)
+    console.add_argument("--path", required=True)
     journal = parts.add_parser("journal")
     journal.set_defaults(main=_journal_main)
     for option in ("--config", "--metrics", "--index", "--lifeline"):

@@ -221,7 +221,7 @@ def test_every_session_transaction_and_verdict_is_there(tmp_path):
     accepted = by_path[3, "bob@example.com"]
     assert (accepted.message, accepted.message_id) == (f"{line['reference']}.1", "<7@client.test>")
     assert accepted.size == len(message(7))
-    assert accepted.by == "gatepost.toml:12"
+    assert accepted.by.endswith("gatepost.toml:11")
     assert accepted.reply.startswith("250 ")
     refused_ = by_path[2, "victim@elsewhere.test"]
     assert (refused_.reason, refused_.reference) == ("relaying", f"{line['reference']}-2")

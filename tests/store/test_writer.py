@@ -20,6 +20,7 @@ from tests.store.places import NOON_S, Place, entry, record, refused, session, t
 
 from gatepost.errors import StorageError
 from gatepost.smtp.path import Mailbox
+from gatepost.store import writer as writer_module
 from gatepost.store.backlog import backlog_directory
 from gatepost.store.database import Database, sqlite_path
 from gatepost.store.journal import Query
@@ -222,7 +223,8 @@ def test_a_server_that_is_not_there_is_said_without_the_password(sqlite_place):
 
 
 @pytest.mark.parametrize("place", ["postgresql"], indirect=True)
-def test_a_server_that_goes_away_in_mid_flight_and_comes_back_costs_nothing_and_doubles_nothing(place, postgresql):
+def test_a_server_that_goes_away_in_mid_flight_costs_nothing_and_doubles_nothing(place, postgresql, monkeypatch):
+    monkeypatch.setattr(writer_module, "READ_OCTETS", 2 << 20)
     place.wait(*(record([entry(message=f"K7Q2M9XD.{number}")]) for number in range(10_000)))
     writer = place.writer()
     assert writer.step().records

@@ -255,12 +255,17 @@ def rule_text(answer: dict[str, Any]) -> str:
     return text
 
 
-def change_lines(answer: dict[str, Any]) -> list[str]:
-    """What would have turned the verdict."""
+def change_pairs(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """What would have turned the verdict: a label, empty from the second on, and the change."""
     label = "refused if" if answer["verdict"] == "admit" else "admitted if"
-    return [
-        f"{label if number == 0 else '':<12}{_change_text(change)}" for number, change in enumerate(answer["changes"])
-    ]
+    return [(label if number == 0 else "", _change_text(change)) for number, change in enumerate(answer["changes"])]
+
+
+def shadow_pairs(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the entries would change that are only watched."""
+    if answer["shadow"] is None:
+        return []
+    return [("watched", f"with the entries acted on that are only watched: {answer['shadow']}")]
 
 
 def _change_text(change: dict[str, str]) -> str:

@@ -84,6 +84,20 @@ def answer(loaded: Config, asked: Question) -> dict[str, Any]:
     return told
 
 
+def lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """The answer in words: a label and what stands behind it; a label may be empty."""
+    backend = answer["backend"]
+    return [
+        *([("passes", f"to the backend {backend}, whose reply the client sees")] if backend else []),
+        ("client", f"{answer['client']} at listener {answer['listen']}"),
+        ("mail", f"from {answer['reverse_path']} to {answer['forward_path']}"),
+        ("rule", decided.rule_text(answer)),
+        *decided.change_pairs(answer),
+        *decided.shadow_pairs(answer),
+        *(("note", note) for note in answer["notes"]),
+    ]
+
+
 def _address(client: str) -> IPAddress:
     try:
         return client_address(client.strip("[]"))

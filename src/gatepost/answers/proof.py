@@ -32,17 +32,16 @@ class Proven(NamedTuple):
     well: bool
 
 
-def answer(path: str | None) -> Proven:
+def answer(octets: bytes, path: str) -> Proven:
     """Load the configuration, and decide for everybody.
 
     Args:
-        path: None for the embedded default.
+        path: the file's name, "" for the embedded default.
 
     Raises:
         ConfigError: it does not load, for other reasons than that strangers relay.
     """
     now = datetime.now(UTC).timestamp()
-    octets = config.EMBEDDED_DEFAULT if path is None else config.read(path)
     document = Document(octets, path or config.EMBEDDED_DEFAULT_NAME)
     gate = settings.build(document, now, refuse_open=False)
     settings.console_address(document)
@@ -51,7 +50,7 @@ def answer(path: str | None) -> Proven:
     )
     proof = sentences.proof_facts(settings.prove(document, gate, now), gate.rules, now, readings)
     try:
-        loaded = config.load_file(path)
+        loaded = config.load(octets, path) if path else config.embedded_default()
     except ConfigError as error:
         if document.problems or not proof["openings"]:
             raise

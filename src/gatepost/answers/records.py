@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def opened(loaded: Config, *, make: bool, said: Callable[[str], None]) -> Iterat
     if make:
         where = loaded.config_path or config.EMBEDDED_DEFAULT_NAME
         privileges.prepare_data(loaded.data, privileges.account_of(loaded.user, where), where)
-    with privileges.acting_as(_owner(loaded.data)):
+    with privileges.acting_as(privileges.owner_of(loaded.data)):
         directory = state_directory(loaded.data)
         if not make and not _is_there(directory / "data.mdb"):
             yield None
@@ -49,7 +48,9 @@ def journal(loaded: Config) -> Iterator[Journal]:
     Raises:
         StorageError: it cannot be used.
     """
-    with privileges.acting_as(_owner(loaded.data)):  # what SQLite puts beside its file must not become root's
+    with privileges.acting_as(
+        privileges.owner_of(loaded.data)
+    ):  # what SQLite puts beside its file must not become root's
         opened = Journal(loaded.data, loaded.gate.journal)
         try:
             yield opened
@@ -66,11 +67,3 @@ def _is_there(path: Path) -> bool:
     except OSError:
         return True
     return True
-
-
-def _owner(data: str) -> privileges.Account | None:
-    """Whom root acts as in this directory."""
-    if os.geteuid() != 0 or not Path(data).exists():
-        return None
-    status = Path(data).stat()
-    return None if status.st_uid == 0 else privileges.Account("", status.st_uid, status.st_gid)

@@ -201,6 +201,23 @@ def _accepted(stage: str) -> dict[str, Any]:
 STAGES = {"mail": "MAIL", "rcpt": "RCPT", "content": "the end of content"}
 
 
+def lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """A refusal that was found, in words: a label and what stands behind it; a label may be empty."""
+    now = answer["now"]
+    when = moment(datetime.fromisoformat(answer["time"]).timestamp())
+    rule = f"{answer['why']} ({answer['where']})" if answer["where"] else answer["why"]
+    return [
+        ("when", f"{when}, at {STAGES[answer['stage']]}"),
+        *facts(answer),
+        ("rule", rule),
+        ("now", now_text(now)),
+        *(("", step) for step in now["chain"]),
+        *decided.change_pairs(now),
+        *decided.shadow_pairs(now),
+        *(("note", note) for note in now["notes"]),
+    ]
+
+
 def facts(answer: dict[str, Any]) -> list[tuple[str, str]]:
     """What was known, as far as there was anything."""
     hello = f"{'EHLO' if answer['esmtp'] else 'HELO'} {answer['helo']}" if answer["helo"] else "no EHLO"

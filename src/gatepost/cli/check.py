@@ -59,7 +59,8 @@ def check(
         return dialect.ask_backends(loaded, backend, elsewhere=elsewhere, end_of_data=end_of_data, as_json=as_json)
     if elsewhere or end_of_data:
         raise GatepostError("--elsewhere and --end-of-data go with --backend")
-    proven = proof.answer(path)
+    octets = config.EMBEDDED_DEFAULT if path is None else config.read(path)
+    proven = proof.answer(octets, path or "")
     told = proven.told
     if as_json:
         say_json(told)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from gatepost import config
-from gatepost.answers import decided, described, refused
+from gatepost.answers import described, refused
 from gatepost.cli import BAD_NEWS, DONE
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.errors import GatepostError
@@ -95,39 +94,22 @@ def _tell_refusal(answer: dict[str, Any]) -> None:
             say(f"        {reason}")
         return
     say(f"{'DEFERRED' if answer['verdict'] == 'defer' else 'REFUSED'} with {answer['reply']}", "bold red")
-    when = refused.moment(datetime.fromisoformat(answer["time"]).timestamp())
-    say(f"when    {when}, at {refused.STAGES[answer['stage']]}")
-    for label, text in refused.facts(answer):
-        say(f"{label:<8}{text}")
-    say(f"rule    {answer['why']}" + (f" ({answer['where']})" if answer["where"] else ""))
-    now = answer["now"]
-    say(f"now     {refused.now_text(now)}", "bold green" if now["verdict"] == "admit" else "bold red")
-    for step in now["chain"]:
-        say(f"        {step}")
-    for line in decided.change_lines(now):
-        say(line)
-    _tell_shadow(now)
-    for note in now["notes"]:
-        say(f"note    {note}", "yellow")
+    _tell_lines(refused.lines(answer), "bold green" if answer["now"]["verdict"] == "admit" else "bold red")
+
+
+def _tell_lines(lines: list[tuple[str, str]], now_style: str = "") -> None:
+    styles = {"now": now_style, "note": "yellow", "watched": "yellow"}
+    width = 8
+    for label, text in lines:
+        if label:  # what follows without a label stands below
+            width = 12 if label.endswith(" if") else 8
+        say(f"{label:<{width}}{text}", styles.get(label, ""))
 
 
 def _tell(answer: dict[str, Any]) -> None:
-    admitted = answer["verdict"] == "admit"
-    if admitted:
+    if answer["verdict"] == "admit":
         say(f"ADMITTED, and handed to the backend {answer['backend']}, whose reply the client sees", "bold green")
     else:
         word = "DEFERRED" if answer["verdict"] == "defer" else "REFUSED"
         say(f"{word} with {answer['reply']}", "bold red")
-    say(f"client  {answer['client']} at listener {answer['listen']}")
-    say(f"mail    from {answer['reverse_path']} to {answer['forward_path']}")
-    say(f"rule    {decided.rule_text(answer)}")
-    for line in decided.change_lines(answer):
-        say(line)
-    _tell_shadow(answer)
-    for note in answer["notes"]:
-        say(f"note    {note}", "yellow")
-
-
-def _tell_shadow(answer: dict[str, Any]) -> None:
-    if answer["shadow"] is not None:
-        say(f"watched with the entries acted on that are only watched: {answer['shadow']}", "yellow")
+    _tell_lines([pair for pair in described.lines(answer) if pair[0] != "passes"])

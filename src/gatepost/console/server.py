@@ -1,7 +1,8 @@
-"""The console's HTTP service: /metrics, /healthz, /readyz.
+"""The console's HTTP service: /metrics, /healthz, /readyz for anybody, pages for who has a link.
 
-Trust: requests come from whoever reaches the address; nothing of a request is used but its path and method.
-Promise: GET and HEAD only, no state changes; answers are never cached; nothing is loaded from elsewhere.
+Trust: requests come from whoever reaches the address; of a request for what is open nothing is used but its path and
+    method.
+Promise: answers are never cached; nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from gatepost.console.exposition import CONTENT_TYPE, exposition
+from gatepost.console.login import Login
+from gatepost.console.pages import Answers, add_pages
 from gatepost.console.readiness import JournalState, readiness
 from gatepost.telemetry import (
     BACKEND_STATE,
@@ -36,15 +40,22 @@ _HEADERS = {
 CONNECTIONS_MAX = 100
 
 
-def application(metrics: Metrics, board: StatusBoard, version: str) -> FastAPI:
-    """The routes, over the memory that the supervisor shares with us."""
+def application(
+    metrics: Metrics, board: StatusBoard, version: str, answers: Answers | None = None, login: Login | None = None
+) -> FastAPI:
+    """The routes, over the memory that the supervisor shares with us.
+
+    Args:
+        answers, login: for the pages; without them there are none.
+    """
     # The generated pages of API documentation load scripts from another host: there are none.
     app = FastAPI(title="Gatepost", version=version, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
     async def headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
-        response.headers.update(_HEADERS)
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)  # the pages' own policy lets their style sheet in
         return response
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])
@@ -55,8 +66,7 @@ def application(metrics: Metrics, board: StatusBoard, version: str) -> FastAPI:
     async def healthz() -> Response:
         return JSONResponse({"status": "ok", "version": version})
 
-    @app.api_route("/readyz", methods=["GET", "HEAD"])
-    async def readyz() -> Response:
+    def ready() -> tuple[bool, dict[str, Any]]:
         backends = {sample.labels[0]: sample.value > 0 for sample in metrics.read(BACKEND_STATE)}
         suspended = sum(int(sample.value) for sample in metrics.read(TRUST_SUSPENDED))
         selftest = next((sample.value > 0 for sample in metrics.read(SELFTEST)), None)
@@ -67,9 +77,15 @@ def application(metrics: Metrics, board: StatusBoard, version: str) -> FastAPI:
                 for family in (JOURNAL_WAITING, JOURNAL_DROPPED)
             ),
         )
-        ready, body = readiness(board.read(), backends, suspended, selftest, journal)
-        return JSONResponse(body, 200 if ready else 503)
+        return readiness(board.read(), backends, suspended, selftest, journal)
 
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
+    async def readyz() -> Response:
+        is_ready, body = ready()
+        return JSONResponse(body, 200 if is_ready else 503)
+
+    if answers is not None and login is not None:
+        add_pages(app, answers, login, ready, version)
     return app
 
 

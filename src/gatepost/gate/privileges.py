@@ -224,3 +224,11 @@ def raise_open_files(sessions: int) -> str:
             "raise it (LimitNOFILE= in the systemd unit, `ulimit -n` in a shell), or lower [limits] sessions"
         )
     return ""
+
+
+def owner_of(data: str) -> Account | None:
+    """Whom root acts as in a data directory; None for itself, and for who is not root."""
+    if os.geteuid() != 0 or not Path(data).exists():
+        return None
+    status = Path(data).stat()
+    return None if status.st_uid == 0 else Account("", status.st_uid, status.st_gid)

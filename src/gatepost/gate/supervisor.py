@@ -229,7 +229,11 @@ class Supervisor:
         self._cut_wanted = False
         self._watch_again = asyncio.Event()
         self._console = _Part(
-            "console", programs.console, lambda: self._console_socket is not None, self._console_descriptors
+            "console",
+            programs.console,
+            lambda: self._console_socket is not None,
+            self._console_descriptors,
+            lambda: ("--path", self._plan.path),
         )
         self._journal = _Part(
             "journal",
@@ -458,12 +462,8 @@ class Supervisor:
         worker.sent = self._generation
         served = self._listeners.of_worker(worker.index, self._plan.listens)
         configure = Configure(self._generation, self._plan.path, tuple(listening for listening, _ in served))
-        descriptor = create_memory("gatepost-config", len(self._plan.octets))
-        try:
-            os.pwrite(descriptor, self._plan.octets, 0)
+        with self._plan_descriptor() as descriptor:
             await channel.send(configure, (descriptor, *(sock.fileno() for _, sock in served)))
-        finally:
-            os.close(descriptor)
 
     async def _hear(self, worker: _Worker, channel: Channel) -> None:
         """Until the worker closes its end, or says something that no worker of ours would say."""
@@ -547,20 +547,28 @@ class Supervisor:
     @contextlib.contextmanager
     def _console_descriptors(self) -> Iterator[dict[str, int]]:
         assert self._console_socket is not None
-        yield {
-            "--socket": self._console_socket.fileno(),
-            "--metrics": self._shared.metrics_fd,
-            "--board": self._shared.board_fd,
-        }
+        with self._plan_descriptor() as descriptor:
+            yield {
+                "--socket": self._console_socket.fileno(),
+                "--metrics": self._shared.metrics_fd,
+                "--board": self._shared.board_fd,
+                "--config": descriptor,
+            }
 
     @contextlib.contextmanager
     def _journal_descriptors(self) -> Iterator[dict[str, int]]:
         # Its place among the metrics may be a dead one's.
         self._metrics.clear_gauges(len(self._workers) + 1)
+        with self._plan_descriptor() as descriptor:
+            yield {"--config": descriptor, "--metrics": self._shared.metrics_fd}
+
+    @contextlib.contextmanager
+    def _plan_descriptor(self) -> Iterator[int]:
+        """The configuration in force, to be read by a process that may not read its file."""
         descriptor = create_memory("gatepost-config", len(self._plan.octets))
         try:
             os.pwrite(descriptor, self._plan.octets, 0)
-            yield {"--config": descriptor, "--metrics": self._shared.metrics_fd}
+            yield descriptor
         finally:
             os.close(descriptor)
 
@@ -618,6 +626,9 @@ class Supervisor:
             self._watch_again.set()
         if plan.journal != before.journal:
             self._journal.again.set()
+        if plan.octets != before.octets:
+            # It answers for the configuration in force.  Who asks meanwhile waits in its socket's queue.
+            self._console.again.set()
         for text in (*plan.warnings, *_at_next_start(before, plan)):
             self._log.event("warning", text, Level.WARNING)
         self._log.event("reload", f"{plan.where} is in force", config=plan.path, generation=self._generation)

@@ -1,0 +1,332 @@
+"""The pages, over real HTTP: who sees them, what they show, and what hostile text does in them."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from gatepost.console import pages as pages_module
+from gatepost.console.login import COOKIE_S, LINK_S, Login
+from gatepost.console.pages import Answers
+from gatepost.console.server import application, serve
+from gatepost.errors import GatepostError, StorageError
+from gatepost.gate.listeners import bind_one
+from gatepost.telemetry import Metrics, StatusBoard
+
+NOW_S = 1_800_000_000.0
+HOSTILE = "<script>alert(1)</script>\"'&\u202e"
+PROOF = {
+    "proven": True,
+    "decisions": 79,
+    "clients": 4,
+    "reverse_paths": 2,
+    "forward_paths": 23,
+    "openings": [],
+    "dialogue": None,
+}
+TOLD: dict[str, Any] = {
+    "config": "gatepost.toml",
+    "valid": True,
+    "problems": [],
+    "warnings": [HOSTILE],
+    "local": [{"pattern": "example.com", "where": "g:1"}],
+    "trust": [{"sentence": HOSTILE, "where": "g:2"}],
+    "deny": [],
+    "watched": [],
+    "proof": PROOF,
+}
+OPEN: dict[str, Any] = {
+    "config": "gatepost.toml",
+    "valid": False,
+    "problems": ["g:2: this would be an open relay"],
+    "proof": PROOF
+    | {
+        "proven": False,
+        "openings": [{"rule": "network", "where": "g:2", "sentence": "a stranger sends anywhere"}],
+        "dialogue": {
+            "client": "1.0.0.1",
+            "listen": "mx",
+            "where": "g:1",
+            "tls": "",
+            "exchanges": [{"command": "", "reply": "220 mx"}, {"command": "RCPT TO:<a@b>", "reply": "250 OK"}],
+        },
+    },
+}
+
+
+class Said(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    text: str
+
+
+class Pages:
+    """The console with answers that a test gives."""
+
+    def __init__(self) -> None:
+        self.login = Login(b"k" * 32)
+        self.asked: list[Any] = []
+        self.explained: dict[str, Any] = {"verdict": "refuse", "reply": f"550 {HOSTILE}"}
+        self.proof: dict[str, Any] = TOLD
+        self.held = threading.Event()
+        self.held.set()
+        answers = Answers(
+            explain=self._explain,
+            proof=lambda: self.proof,
+            selftest=self._selftest,
+            in_words=lambda told: [("client", told.get("reply", ""))],
+            names=frozenset({"mx.example.com"}),
+            now_s=lambda: NOW_S,
+        )
+        memory = memoryview(bytearray(Metrics.size_octets(1)))
+        Metrics.format(memory)
+        board = memoryview(bytearray(StatusBoard.SIZE_OCTETS))
+        StatusBoard(board).write(
+            {"serving": True, "listeners": [{"name": "mx", "address": "127.0.0.1:25"}], "workers": []}
+        )
+        app = application(Metrics(memory, 0), StatusBoard(board), "1.2.3", answers, self.login)
+        sock = bind_one("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+        self._lifeline, theirs = socket.socketpair()
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve(app, sock, theirs)))
+        self._sockets = (sock, theirs)
+        self._thread.start()
+
+    def _explain(self, asked: Any) -> dict[str, Any]:
+        self.asked.append(dict(asked))
+        assert self.held.wait(60)
+        if asked.get("client") == "x":
+            raise GatepostError('--client "x": this is not an IP address')
+        return self.explained
+
+    def _selftest(self, listeners: list[Any]) -> dict[str, Any]:
+        self.asked.append(listeners)
+        one = {
+            "listen": "mx",
+            "address": "127.0.0.1:25",
+            "outcome": "disagrees",
+            "text": HOSTILE,
+            "transcript": [HOSTILE],
+        }
+        return {"outcome": "disagrees", "listeners": [one]}
+
+    def close(self) -> None:
+        self.held.set()
+        self._lifeline.close()
+        self._thread.join(30)
+        for sock in self._sockets:
+            sock.close()
+        assert not self._thread.is_alive()
+
+    def ask(self, path: str, method: str = "GET", *, cookie: str | None = "", **headers: str) -> Said:
+        """As a browser that came by a link; ``cookie`` None for one that did not."""
+        if cookie is not None:
+            headers["Cookie"] = f"gatepost={cookie or self.login.cookie(NOW_S)}"
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        said = Said(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read().decode())
+        connection.close()
+        return said
+
+
+@pytest.fixture
+def pages() -> Iterator[Pages]:
+    pages = Pages()
+    yield pages
+    pages.close()
+
+
+ALL = [
+    "/",
+    "/explain",
+    "/explain?reference=x",
+    "/proof",
+    "/selftest",
+    "/api/explain?reference=x",
+    "/api/proof",
+    "/api/selftest",
+]
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_nothing_without_a_link(pages, path):
+    assert pages.ask(path).status == 200
+    for cookie in (None, "x", pages.login.link_token(NOW_S), Login(b"x" * 32).cookie(NOW_S), "9" * 5000):
+        said = pages.ask(path, cookie=cookie)
+        assert said.status == 401
+        assert "gatepost console" in said.text
+    assert pages.ask(path, cookie=pages.login.cookie(NOW_S - COOKIE_S)).status == 401
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz"])
+def test_health_needs_no_link(pages, path):
+    assert pages.ask(path, cookie=None).status == 200
+    assert pages.ask(path, cookie=None, Host="anything.example").status == 200
+
+
+def test_a_link_brings_a_cookie(pages):
+    said = pages.ask(f"/login?token={pages.login.link_token(NOW_S)}", cookie=None)
+    assert (said.status, said.headers["location"]) == (303, "/")
+    cookie = said.headers["set-cookie"]
+    assert {"HttpOnly", "SameSite=strict", "Path=/", f"Max-Age={COOKIE_S}"} <= set(cookie.split("; "))
+    assert pages.ask("/", cookie=cookie.partition(";")[0].partition("=")[2]).status == 200
+
+
+@pytest.mark.parametrize("late", [0, LINK_S - 1, LINK_S])
+def test_a_link_has_an_end(pages, late):
+    said = pages.ask(f"/login?token={pages.login.link_token(NOW_S - late)}", cookie=None)
+    assert said.status == (303 if late < LINK_S else 401)
+
+
+def test_no_other_token_opens(pages):
+    for token in ("", "x", pages.login.cookie(NOW_S), pages.login.link_token(NOW_S)[:-1], "1.2.3", "\u0661.x"):
+        said = pages.ask(f"/login?token={token.encode('ascii', 'xmlcharrefreplace').decode()}", cookie=None)
+        assert said.status == 401
+        assert "set-cookie" not in said.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8025", 200),
+        ("[::1]:8025", 200),
+        ("localhost:8025", 200),
+        ("mx.example.com", 200),
+        ("MX.example.com:8025", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example:8025", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("user@localhost", 421),
+    ],
+)
+def test_a_name_that_is_not_ours_is_refused(pages, host, status):
+    assert pages.ask("/proof", Host=host).status == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://127.0.0.1:{port}"}, 200),
+        ({"Sec_Fetch_Site": "same-origin"}, 200),
+        ({}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Origin": "http://127.0.0.1:{port}"}, 403),
+    ],
+)
+def test_a_self_test_is_asked_for_by_our_own_pages_alone(pages, headers, status):
+    sent = {name: value.format(port=pages.port) for name, value in headers.items()}
+    for path in ("/selftest", "/api/selftest"):
+        assert pages.ask(path, "POST", **sent).status == status
+    assert len(pages.asked) == (2 if status == 200 else 0)
+
+
+def test_what_a_stranger_said_is_text(pages):
+    pages.ask("/selftest", "POST", Sec_Fetch_Site="same-origin")
+    for path in ("/explain?reference=x", "/explain?reference=%3Cscript%3Ealert(1)", "/proof", "/selftest", "/"):
+        said = pages.ask(path)
+        assert "<script" not in said.text.lower(), path
+    assert "&lt;script&gt;alert(1)" in pages.ask("/explain?reference=x").text
+
+
+@pytest.mark.parametrize("path", ["/", "/explain", "/proof", "/selftest"])
+def test_nothing_is_loaded_from_elsewhere_kept_or_framed(pages, path):
+    said = pages.ask(path)
+    policy = said.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "script-src" not in policy
+    assert said.headers["cache-control"] == "no-store"
+    assert said.headers["referrer-policy"] == "no-referrer"
+    assert not re.search(r"(?:src|href)=\"(?!/)", said.text)
+    assert pages.ask("/style.css", cookie=None).headers["content-type"].startswith("text/css")
+
+
+def test_explain_asks_what_was_typed_and_shows_it_again(pages):
+    said = pages.ask("/explain?client=192.0.2.1&reverse_path=%3C%3E&forward_path=b@x.example&account=")
+    assert pages.asked == [{"client": "192.0.2.1", "reverse_path": "<>", "forward_path": "b@x.example"}]
+    assert 'value="192.0.2.1"' in said.text
+    assert 'value="&lt;&gt;"' in said.text
+    assert "REFUSED with 550" in said.text
+    said = pages.ask("/explain?client=x")
+    assert "this is not an IP address" in said.text
+    assert json.loads(pages.ask("/api/explain?client=x").text) == {
+        "problems": ['--client "x": this is not an IP address']
+    }
+    assert json.loads(pages.ask("/api/explain?reference=x").text) == pages.explained
+    pages.explained = {"reference": "K7Q2M9XD-1", "found": False, "reasons": ["it may be another gate's"]}
+    assert "Not found: K7Q2M9XD-1" in pages.ask("/explain?reference=x").text
+    assert pages.ask(f"/explain?reference={'x' * 9000}").status == 414
+
+
+def test_the_proof_or_the_dialogue(pages):
+    assert "PROVEN: nobody else may send elsewhere" in pages.ask("/proof").text
+    pages.proof = OPEN
+    said = pages.ask("/proof").text
+    assert "OPEN RELAY" in said
+    assert "C: RCPT TO:&lt;a@b&gt;\nS: 250 OK\n" in said
+    assert "gatepost.toml does not load" in said
+    assert "OPEN RELAY" in pages.ask("/").text
+    assert json.loads(pages.ask("/api/proof").text) == OPEN
+
+
+def test_a_self_test_is_told(pages):
+    assert json.loads(pages.ask("/api/selftest").text) == {"state": "unknown", "last": None}
+    said = pages.ask("/selftest", "POST", Sec_Fetch_Site="same-origin")
+    assert "ALARM: the gate does not do what its rules say" in said.text
+    assert pages.asked == [[{"name": "mx", "address": "127.0.0.1:25"}]]
+    assert json.loads(pages.ask("/api/selftest").text)["last"]["outcome"] == "disagrees"
+    assert "ALARM" in pages.ask("/selftest").text
+
+
+def test_a_question_that_hangs_stops_nothing_else(pages, monkeypatch):
+    pages.held.clear()
+    hanging = threading.Thread(target=lambda: pages.ask("/api/explain?reference=x"))
+    hanging.start()
+    while not pages.asked:
+        pass
+    said = pages.ask("/api/explain?reference=y")
+    assert said.status == 503
+    assert "by somebody else just now" in said.text
+    assert pages.ask("/metrics").status == pages.ask("/proof").status == 200
+    pages.held.set()
+    hanging.join(60)
+    assert pages.ask("/api/explain?reference=z").status == 200
+
+
+def test_a_question_has_an_end(monkeypatch):
+    monkeypatch.setattr(pages_module, "ANSWER_S", 0.05)
+    pages = Pages()
+    try:
+        pages.held.clear()
+        said = pages.ask("/api/explain?reference=x")
+        assert said.status == 422
+        assert "an explanation takes longer than 0.05 s" in said.text
+    finally:
+        pages.close()
+
+
+# --- The key ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_made_once_for_its_owner_alone(tmp_path):
+    first = Login.in_data(str(tmp_path))
+    assert Login.in_data(str(tmp_path)).knows(first.cookie(NOW_S), NOW_S)
+    path = tmp_path / "keys" / "console.key"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(b"short")
+    with pytest.raises(StorageError, match=r"cannot use the console's key .*: it has not 32 octets; remove it"):
+        Login.in_data(str(tmp_path))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match="cannot use the console's key"):
+        Login.in_data(str(tmp_path))
