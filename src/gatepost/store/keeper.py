@@ -33,6 +33,8 @@ from gatepost.telemetry import (
 from gatepost.telemetry.metrics import STATE_DOWN, STATE_UP
 
 IDLE_S: Final = 0.1
+GATHER_S: Final = 0.4  # after each step: a commit costs as much as a hundred rows
+FULL_RECORDS: Final = 2000  # and after a step with so many there is no time for that
 AGAIN_S: Final = (1.0, 2.0, 5.0, 10.0, 15.0)  # after a failure, and the next
 TIDY_S: Final = 60.0
 CROWDED_SAID_S: Final = 86400.0
@@ -68,7 +70,7 @@ class Keeper:
         while not select.select([lifeline], [], [], wait_s)[0]:
             wait_s = self.work()
         end_s = time.monotonic() + END_S
-        while self.work() == 0.0 and time.monotonic() < end_s:
+        while self.work() in (0.0, GATHER_S) and time.monotonic() < end_s:  # neither idle nor in trouble
             pass
         self._database.close()
 
@@ -83,7 +85,9 @@ class Keeper:
         except StorageError as error:
             return self._failed(str(error))
         self._went_well(step)
-        return 0.0 if step.records or step.damaged else IDLE_S
+        if step.records + step.damaged >= FULL_RECORDS:
+            return 0.0
+        return GATHER_S if step.records or step.damaged else IDLE_S
 
     def _step(self) -> Step:
         if self._writer is None:

@@ -126,16 +126,21 @@ def encode(record: Record) -> bytes:
         line["entries"] = [_entry_object(entry) for entry in record.entries]
     end = record.end
     if end is not None:
-        line["end"] = {
-            "started": _ms(end.started),
-            "ended": _ms(end.ended),
-            "how": end.how,
-            "errors": end.errors,
-            "reply": end.reply,
-            "real_client": end.real_client,
-            "logins": end.logins,
-        }
+        line["end"] = _end_object(end)
     return json_line(line)
+
+
+def _end_object(end: End) -> dict[str, Any]:
+    told: dict[str, Any] = {"started": _ms(end.started), "ended": _ms(end.ended), "how": end.how}
+    if end.errors:
+        told["errors"] = end.errors
+    if end.reply:
+        told["reply"] = end.reply
+    if end.real_client:
+        told["real_client"] = end.real_client
+    if end.logins:
+        told["logins"] = end.logins
+    return told
 
 
 def _ms(seconds: float) -> int:
@@ -310,10 +315,10 @@ def _end_of(told: Mapping[str, Any]) -> End:
         seconds(told["started"]),
         seconds(told["ended"]),
         text(told["how"]),
-        number(told["errors"]),
-        text(told["reply"]),
-        text(told["real_client"]),
-        tuple(typed(told["logins"], list)),
+        number(told.get("errors", 0)),
+        text(told.get("reply", "")),
+        text(told.get("real_client", "")),
+        tuple(typed(told.get("logins", []), list)),
     )
 
 

@@ -222,7 +222,9 @@ class Writer:
                 entries.append(row)
             end = record.get("end")
             if end is not None:
-                rows.sessions.append(_session_row(session, typed(end, dict), (reference, client, port, account)))
+                rows.sessions.append(
+                    _session_row(session, typed(end, dict), (reference, client, port, account), plain=plain)
+                )
         except DAMAGED:
             return None
         rows.entries.extend(entries)
@@ -390,14 +392,9 @@ def _entry_row(
         get("detail", ""), get("hint", ""), get("reply", ""), get("message", ""), get("message_id", ""),
         get("backend", ""), get("would", ""), get("shape", ""),
     ]  # fmt: skip
-    for said in texts:
-        if type(said) is not str:
-            raise TypeError
-    if not plain:
-        texts = [_storable(said, _KEY_MAX) for said in texts]
-    reverse_path, forward, reason, refused_as, by, detail, hint, reply, message, message_id, backend, would, shape = (
-        texts
-    )
+    (
+        reverse_path, forward, reason, refused_as, by, detail, hint, reply, message, message_id, backend, would, shape,
+    ) = _texts(texts, plain=plain)  # fmt: skip
     more = {name: typed(told[name], list) for name in ("findings", "authors") if name in told}
     return (
         at,
@@ -431,28 +428,43 @@ def _entry_row(
     )
 
 
-def _session_row(session: dict[str, Any], end: dict[str, Any], about: tuple[str, bytes, int, str]) -> tuple[Any, ...]:
+def _session_row(
+    session: dict[str, Any], end: dict[str, Any], about: tuple[str, bytes, int, str], *, plain: bool
+) -> tuple[Any, ...]:
     """In the order of the table's columns, without its id."""
     reference, client, port, account = about
-    logins = typed(end["logins"], list)
+    texts = [
+        session["listen"], session["role"], end.get("real_client", ""), session["hello"], session.get("tls", ""),
+        session.get("certificate", ""), end["how"], end.get("reply", ""),
+    ]  # fmt: skip
+    listen, role, real_client, hello, tls, certificate, how, reply = _texts(texts, plain=plain)
+    logins = typed(end.get("logins", []), list)
     return (
         reference,
         milliseconds(end["started"]),
         milliseconds(end["ended"]),
-        _key(text(session["listen"])),
-        _key(text(session["role"])),
+        listen,
+        role,
         client,
         port,
-        _key(text(end["real_client"])),
-        _key(text(session["hello"])),
-        _key(text(session.get("tls", ""))),
+        real_client,
+        hello,
+        tls,
         account,
-        _key(text(session.get("certificate", ""))),
-        number(end["errors"]) & 0x7FFFFFFF,
-        _key(text(end["how"])),
-        _key(text(end["reply"])),
+        certificate,
+        number(end.get("errors", 0)) & 0x7FFFFFFF,
+        how,
+        reply,
         json.dumps(logins, separators=(",", ":")) if logins else None,
     )
+
+
+def _texts(texts: list[Any], *, plain: bool) -> list[str]:
+    """All of them texts, as both databases take them."""
+    for said in texts:
+        if type(said) is not str:
+            raise TypeError
+    return texts if plain else [_storable(said, _KEY_MAX) for said in texts]
 
 
 @lru_cache(maxsize=16384)
@@ -478,10 +490,6 @@ def _storable(said: str, length_max: int) -> str:
     if not said.isascii():
         said = said.encode("utf-8", "replace").decode()
     return said.replace("\0", "\ufffd") if "\0" in said else said
-
-
-def _key(said: str) -> str:
-    return _storable(said, _KEY_MAX)
 
 
 def _short(said: str, letters: int) -> str:
