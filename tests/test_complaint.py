@@ -19,6 +19,8 @@ from gatepost.complaint import (
     COMPLAINT_OCTETS_MAX,
     FIELDS_MAX,
     IDS_MAX,
+    LETTERS_MAX,
+    LETTERS_MIN,
     TRIALS_EACH,
     TRIALS_MAX,
     Candidate,
@@ -30,6 +32,7 @@ from gatepost.complaint import (
     judge,
     read_complaint,
 )
+from gatepost.facts import Identity
 from gatepost.gate.trace import trace_field, trace_head
 
 
@@ -197,6 +200,21 @@ def test_line_ends(end: str, start: str) -> None:
     assert found.section.fields["subject"] == "x"
 
 
+@pytest.mark.parametrize("account", ["", "a", "anna@example.com", "a" * 63, "a" * 64, "a" * 200, "é" * 40])
+def test_a_token_of_any_account_and_of_none(account: str) -> None:
+    one = SESSION._replace(identity=Identity(account, "PLAIN") if account else None)
+    token = KEY.seal(one, SECONDS)
+    for text in (one_of_ours(token=token), f"(token {token[:30]}\n> {token[30:]})", token, f"{token}\n"):
+        assert [seal.token for seal in judged(text).seals] == [token]
+    wrong = swapped(token, *often_confused(token)[:1])
+    assert [(seal.token, seal.repaired) for seal in judged(one_of_ours(token=wrong)).seals] == [(token, 1)]
+
+
+def test_the_lengths_of_tokens() -> None:
+    assert len(KEY.seal(SESSION._replace(identity=None), SECONDS)) == LETTERS_MIN
+    assert len(KEY.seal(SESSION._replace(identity=Identity("a" * 300, "PLAIN")), SECONDS)) == LETTERS_MAX
+
+
 # ---- which lines are true
 
 
@@ -308,10 +326,8 @@ def test_a_repair_is_the_same_each_time() -> None:
 
 
 def test_joined_letters() -> None:
-    for seconds in itertools.count(SECONDS):
-        token = KEY.seal(SESSION, seconds)
-        if "m" in token:
-            break
+    tokens = (KEY.seal(SESSION, seconds) for seconds in itertools.count(SECONDS))
+    token = next(token for token in tokens if "m" in token)
     found = judged(f"(token {token.replace('m', 'rn', 1)})")
     assert [(seal.token, seal.repaired) for seal in found.seals] == [(token, 1)]
 

@@ -36,7 +36,7 @@ RECEIVED_MAX: Final = 4000  # characters of one Received field
 RECEIVED_LINES_MAX: Final = 40
 VALUE_MAX: Final = 500  # characters of another field
 
-LETTERS_MIN, LETTERS_MAX = 64, 150  # of a token: base64url of 48 to 112 octets
+LETTERS_MIN, LETTERS_MAX = 59, 144  # of a token: base64url of 44 to 108 octets, by its account
 LETTERS_SEEN_MIN: Final = 4  # fewer behind the word "token" are no part of one
 RUN_MAX: Final = 400  # characters behind the word "token" that may be parts of one
 BASES_MAX: Final = 4  # readings of where one token ends, in a repair
