@@ -6,8 +6,6 @@ Promise: a key's octets are never shown.  What root does here is done as the gat
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from cyclopts import App
 
 from gatepost import config, control
+from gatepost.answers import keys
 from gatepost.cli import BAD_NEWS, DONE, NOT_DONE
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json
 from gatepost.config import Config
@@ -38,8 +37,7 @@ def list_(*, config_path: ConfigOption = None, as_json: JsonOption = False) -> i
     they cannot be looked at.
     """
     loaded = config.load_file(config.find(config_path))
-    with as_owner(loaded.data):
-        files = trace.key_files(loaded.data)
+    files = keys.found(loaded)
     bad = any(file.problem for file in files)
     if as_json:
         say_json({"directory": _directory(loaded), "keys": [_object(file, files) for file in files]})
@@ -65,9 +63,9 @@ def rotate(*, config_path: ConfigOption = None, as_json: JsonOption = False) -> 
     loaded = config.load_file(config.find(config_path))
     where = loaded.config_path or config.EMBEDDED_DEFAULT_NAME
     privileges.prepare_data(loaded.data, privileges.account_of(loaded.user, where), where)
-    with as_owner(loaded.data):
+    with keys.as_owner(loaded.data):
         made = trace.rotate(loaded.data)
-        older = [file.name for file in trace.key_files(loaded.data) if file.name != made.name]
+    older = [file.name for file in keys.found(loaded) if file.name != made.name]
     outcome = _taken(loaded)
     if as_json:
         say_json(
@@ -107,15 +105,6 @@ def _tell(made: KeyFile, older: list[str], outcome: Reloaded | None) -> None:
             say(f"  {problem}")
     if older:
         say(f"still read, until the file is removed: {', '.join(older)}")
-
-
-def as_owner(data: str) -> AbstractContextManager[None]:
-    """Root acts as whom the data directory belongs to: keys are readable by their owner alone, and that is the gate."""
-    account = None
-    if os.geteuid() == 0 and Path(data).exists():
-        status = Path(data).stat()
-        account = privileges.Account("", status.st_uid, status.st_gid) if status.st_uid else None
-    return privileges.acting_as(account)
 
 
 def _directory(loaded: Config) -> str:
