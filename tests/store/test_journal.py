@@ -110,6 +110,13 @@ def test_a_journal_that_was_never_written_is_empty(place):
     assert len(journal.after(0, Query(), 5)) == 1, "who follows it sees the first entry"
 
 
+def test_an_address_beyond_ascii_is_found_by_whatever_way(place):
+    place.keep(record([entry(reverse_path=Mailbox("Ärger", "x.example"))], ANNA))
+    journal = place.journal()
+    for query in (Query(reverse_path="Ärger@x.example"), Query(reverse_path="Ärger@X.example", account="anna")):
+        assert len(journal.search(query, 5)) == len(journal.after(0, query, 5)) == 1, query
+
+
 def test_follow(kept):
     journal = kept.journal()
     last = journal.last_id()

@@ -355,7 +355,7 @@ class Journal:
                 conditions.append(plain(columns.client, b"").between(*_range(value)))
             elif name in ("reverse_path", "forward_path"):
                 conditions.append(
-                    func.lower(plain(columns[name])).in_([path.lower() for path in _both(value, names.path)])
+                    func.lower(plain(columns[name])).in_([func.lower(path) for path in _both(value, names.path)])
                 )
             elif name == "domain":
                 conditions.append(or_(plain(columns.forward_domain) == value, plain(columns.reverse_domain) == value))
