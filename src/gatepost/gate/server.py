@@ -84,7 +84,7 @@ from gatepost.verdict import AdmittedRecipient, Finding, LocalDomain, Result
 
 REFERENCE_OCTETS = 5
 SWEEP_S = 1.0
-NOTED_S = 0.1
+NOTED_S = 0.05
 LINGER_S = 10.0  # for a peer to take the last reply
 PROBE_SWEEPS = 5  # a backend that is down is asked again so often
 SUSPENSION_SWEEPS = 5  # suspensions are counted so often, by the first worker for all
