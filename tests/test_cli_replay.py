@@ -70,6 +70,39 @@ def test_as_an_object_and_for_a_longer_time(place, capsys):
     assert [group["actor"] for group in told["groups"]] == ["192.0.2.0/24"]
 
 
+def test_up_to_a_time_and_no_group_at_all(place, capsys):
+    assert cli.main(["replay", "--config", "new.toml", "--since", "30d", "--until", "7d", "--limit", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "1 verdict since " in out
+    assert out.endswith("        1  newly refused\n\n1 group more; --limit shows them\n")
+
+
+def test_against_another_configuration_and_not_what_was_decided(place, capsys):
+    assert cli.main(["replay", "--config", "new.toml", "--against", "new.toml"]) == 0
+    assert "4 verdicts" in capsys.readouterr().out
+    assert cli.main(["replay", "--config", "gatepost.toml", "--against", "new.toml", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["newly_admitted"], told["newly_refused"], told["left_out"]) == (3, 0, 0)
+    assert told["groups"][0]["then"] == "denied (new.toml:15)"
+
+
+def test_what_has_become_a_pseudonym_is_said_to_be_left_out(place, capsys):
+    with place.database().transaction() as connection:
+        connection.exec_driver_sql("UPDATE entries SET pseudonymous = 1 WHERE verdict = 'refused'")
+    assert cli.main(["replay", "--config", "new.toml"]) == 1
+    out = capsys.readouterr().out
+    assert "3 verdicts since " in out
+    assert "1 verdict of that time cannot be decided again: of pseudonyms, or damaged\n" in out
+
+
+def test_host_names_that_nobody_followed(place, capsys):
+    Path("hosts.toml").write_text(CONFIG + '\n[[trust]]\nhost = "branch.example"\n')
+    assert cli.main(["replay", "--config", "hosts.toml"]) == 0
+    assert "where these are new, not: branch.example\n" in capsys.readouterr().out
+    assert cli.main(["replay", "--config", "hosts.toml", "--journal-of", "hosts.toml"]) == 0
+    assert "branch.example" not in capsys.readouterr().out
+
+
 def test_nothing_would_change(place, capsys):
     assert cli.main(["replay", "--config", "gatepost.toml"]) == 0
     assert "nothing would be refused or admitted that was not\n" in capsys.readouterr().out
@@ -92,7 +125,7 @@ def test_whose_journal_it_is(place, capsys, tmp_path):
         (["--config", "none.toml"], "none.toml: the configuration cannot be read"),
         (["--config", "bad.toml"], "bad.toml:1: "),
         (["--config", "open.toml"], "this would be an open relay"),
-        (["--config", "new.toml", "--since", "soon"], '--since "soon": this is not a time'),
+        (["--config", "new.toml", "--since", "soon"], '--since "soon": write how long ago, such as'),
     ],
 )
 def test_what_cannot_be_told(place, capsys, arguments, said):

@@ -13,10 +13,10 @@ from tests.store.places import NOON_S, entry, refused, session
 
 from gatepost.answers import replay as replay_module
 from gatepost.answers.replay import Change, as_object, replay
-from gatepost.facts import Client, Identity, Session, Transaction
+from gatepost.facts import Client, Identity, MailboxLogin, Session, Transaction
 from gatepost.gate.settings import GateSettings, ListenSettings
 from gatepost.policy import relay
-from gatepost.policy.admission import SendAsRules
+from gatepost.policy.admission import SendAsEntry, SendAsRules
 from gatepost.policy.relay import DenyEntry, LocalPattern, RelayRules, TrustEntry
 from gatepost.smtp.path import NULL_REVERSE_PATH, ForwardPath, Mailbox, Pattern, Shape
 from gatepost.store import Entry
@@ -114,6 +114,9 @@ def test_a_transaction_as_a_whole():
     assert replay(gate(replace(RULES, deny=(spam,))), kept([denied], STRANGER), NOON_S).same
     found = replay(gate(), kept([denied], STRANGER), NOON_S)
     assert found.changes[Change.ADMITTED] == 1
+    assert [group.why for group in found.groups] == [
+        "a stranger's MAIL, refused once on one day, would pass; of the recipients behind it nothing is known"
+    ]
 
 
 def test_two_configurations_are_compared_with_each_other(monkeypatch):
@@ -130,6 +133,21 @@ def test_host_names_that_are_new_are_said_not_to_be_known():
     (note,) = replay(gate(rules), [], NOON_S).notes
     assert note.endswith("where these are new, not: branch.example")
     assert replay(gate(rules), [], NOON_S, before=gate(rules)).notes == []
+    assert replay(gate(rules), [], NOON_S, before=gate(), known=gate(rules)).notes == []
+
+
+def test_what_nobody_asked_for_then_is_said_not_to_be_known():
+    trust = (TrustEntry("1", certificate="ab" * 32), TrustEntry("2", pop3_s=600), TrustEntry("3", messages_per_hour=5))
+    listens = (ListenSettings("mx", (("127.0.0.1", 0),), auth="required"),)
+    new = gate(RelayRules(trust=trust), listens=listens)
+    notes = replay(new, [], NOON_S, known=gate()).notes
+    assert [note.partition(",")[0].partition(":")[0] for note in notes] == [
+        "nobody was asked for a certificate",
+        "logins to the mailbox server were not looked at",
+        "mail is not counted again",
+        "From fields of mail that passed are not kept",
+    ]
+    assert replay(new, [], NOON_S, known=new).notes == []
 
 
 def test_groups_have_an_end(monkeypatch):
@@ -138,6 +156,8 @@ def test_groups_have_an_end(monkeypatch):
     verdicts = [one for number in range(5) for one in kept([entry()], session(9, client=f"198.51.{number}.1"))]
     found = replay(gate(rules), verdicts, NOON_S)
     assert (len(found.groups), found.others, found.changes[Change.REFUSED]) == (3, 2, 5)
+    (first, *_) = found.groups
+    assert (first.actor, first.times) == ("198.51.0.0/24", 1)
 
 
 clients = st.sampled_from(["192.0.2.1", "10.1.0.5", "10.2.0.5", "2001:db8::1"])
@@ -177,6 +197,80 @@ def test_under_the_same_rules_every_verdict_is_the_same(rules, client, logged_in
         told = told._replace(reason=verdict.reason.name.lower(), by=verdict.where)
     settings = gate(rules, listens=(ListenSettings("mx", (("127.0.0.1", 0),), send_as="off"),))
     assert replay(settings, kept([told], of), NOON_S).changes[Change.SAME] == 1
+
+
+@given(st.integers(0, 4000), st.sampled_from([(600,), (1800,), (600, 1800), (1800, 600)]))
+def test_a_client_that_had_read_its_mail_has_read_it(age, windows):
+    trust = tuple(
+        TrustEntry(f"g.toml:{number}", pop3_s=window, forward_paths=(Pattern.parse("*@elsewhere.example"),) * number)
+        for number, window in enumerate(windows)
+    )
+    rules = RelayRules(local=LOCAL, trust=trust, default_backend="b")
+    of = session(7, mailbox_login=MailboxLogin("anna", NOON_S - age))
+    passes = isinstance(relay.decide(rules, Transaction(of, NULL_REVERSE_PATH, 0, NOON_S), ELSEWHERE), Admit)
+    told = entry(forward_path=ELSEWHERE) if passes else refused("1", forward_path=ELSEWHERE, reason="mailbox_login")
+    at_once = entry(forward_path=ELSEWHERE, at=NOON_S - age)
+    before_it = refused("1", forward_path=ELSEWHERE, at=NOON_S - age - 100, reason="mailbox_login")
+    found = replay(gate(rules), kept([told, before_it, at_once], of), NOON_S + 5 * 86400)
+    assert found.changes[Change.SAME] == 3
+
+
+def test_what_the_gate_put_off_for_the_client_s_sake_is_the_same():
+    verdicts = kept(
+        [entry(stage="rcpt", verdict="deferred", reason=reason) for reason in ("rate", "other_route")], ANNA
+    )
+    assert replay(gate(send_as=SendAsRules(domains=("x.example",))), verdicts, NOON_S).changes[Change.ADMITTED] == 0
+    anna = [one._replace(entry=one.entry._replace(reverse_path=NULL_REVERSE_PATH)) for one in verdicts]
+    assert replay(gate(), anna, NOON_S).changes[Change.SAME] == 2
+
+
+def test_a_from_field_that_was_refused_is_held_against_the_grants_of_now():
+    boss, own = Mailbox("boss", "example.com"), Mailbox("anna", "example.com")
+    whole = entry(forward_path=None, reverse_path=own, verdict="refused", reason="send_as", authors=(boss,), by="")
+    of_it = entry(reverse_path=own, verdict="refused", reason="send_as")
+    unreadable = whole._replace(reason="author", authors=())
+    rules = SendAsRules(domains=("example.com",))
+    verdicts = kept([whole, of_it, unreadable], ANNA)
+    enforced = gate(send_as=rules, listens=(ListenSettings("mx", (("127.0.0.1", 0),)),))
+    assert replay(enforced, verdicts, NOON_S).changes[Change.SAME] == 3
+    granted = replace(rules, entries=(SendAsEntry("n.toml:1", ("anna",), (Pattern.parse("boss@example.com"),)),))
+    found = replay(replace(enforced, send_as=granted), verdicts, NOON_S)
+    assert (found.changes[Change.SAME], found.changes[Change.ADMITTED]) == (2, 1)
+    assert found.groups[0].why == "an account's mail, refused once on one day, would pass"
+    assert replay(gate(send_as=rules), verdicts, NOON_S).changes[Change.ADMITTED] == 2
+
+
+def test_what_was_deferred_and_what_was_refused_is_told_so():
+    few = refused("1", verdict="deferred", reason="too_many_recipients", recipients=2, forward_path=ELSEWHERE)
+    found = replay(gate(replace(RULES, trust=(), recipients_max=0)), kept([few], CLERK), NOON_S)
+    assert [group.why for group in found.groups] == ["a stranger's mail, deferred once on one day, would be refused"]
+    found = replay(gate(replace(RULES, recipients_max=0)), kept([few], CLERK), NOON_S)
+    assert [group.why for group in found.groups] == ["a stranger's mail, deferred once on one day, would pass"]
+
+
+def test_a_flood_of_groups_hides_nothing_that_matters(monkeypatch):
+    monkeypatch.setattr(replay_module, "GROUPS_MAX", 10)
+    rules = replace(RULES, trust=(TrustEntry("n.toml:5", network=ip_network("192.0.2.0/24")),))
+    flood = [
+        refused(str(number), forward_path=ForwardPath(Mailbox("v", f"d{number}.example"), Shape.PLAIN))
+        for number in range(50)
+    ]
+    ours = kept([entry(forward_path=ELSEWHERE)] * 2, CLERK)
+    verdicts = [*kept(flood[:30], STRANGER), *ours, *kept(flood[30:], STRANGER), *ours]
+    found = replay(gate(rules), verdicts, NOON_S)
+    assert len(found.groups) <= 10
+    assert (found.groups[0].actor, found.groups[0].times) == ("10.1.0.0/24", 4)
+    assert found.others + sum(group.times for group in found.groups) == 54
+
+
+def test_what_is_not_counted_to_the_end_is_not_said(monkeypatch):
+    monkeypatch.setattr(replay_module, "ACTORS_MAX", 1)
+    found = replay(
+        gate(replace(RULES, trust=())),
+        [*kept([refused("1")], STRANGER), *kept([entry(forward_path=ELSEWHERE)], CLERK)],
+        NOON_S,
+    )
+    assert [group.why for group in found.groups] == ["accepted once on one day, it would be refused"]
 
 
 @pytest.mark.parametrize("mailbox", ["anna@example.com", "boss@example.com"])

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gatepost import config
-from gatepost.answers import records
+from gatepost.answers import records, trace
 from gatepost.answers import replay as answers
 from gatepost.answers.refused import moment
 from gatepost.answers.replay import Change, Group, Replayed
 from gatepost.cli import BAD_NEWS, DONE
 from gatepost.cli.terminal import JsonOption, say, say_json
-from gatepost.config import Config, values
+from gatepost.config import Config
 from gatepost.errors import GatepostError
 
 _STYLES = {Change.REFUSED: "red", Change.DEFERRED: "yellow", Change.ADMITTED: "bold"}
@@ -28,8 +28,14 @@ _STYLES = {Change.REFUSED: "red", Change.DEFERRED: "yellow", Change.ADMITTED: "b
 def replay(
     *,
     config_path: Annotated[str | None, Parameter(name="--config", help="The new configuration file.")] = None,
-    since: Annotated[str, Parameter(help='From when: how long ago, such as "7d" or "12h".')] = "7d",
-    until: Annotated[str, Parameter(help='Up to when, such as "1d" ago. Default: now.')] = "0",
+    since: Annotated[
+        str, Parameter(help='From when: how long ago, such as "7d" or "12h", or a day, such as 2026-11-20.')
+    ] = "7d",
+    until: Annotated[str, Parameter(help="Up to when, written so as well. Default: now.")] = "",
+    against: Annotated[
+        str | None,
+        Parameter(help="Compare with what this configuration would say now, instead of what was decided then."),
+    ] = None,
     journal_of: Annotated[
         str | None,
         Parameter(
@@ -37,7 +43,7 @@ def replay(
             "then the new one."
         ),
     ] = None,
-    limit: Annotated[int, Parameter(help="So many groups of changes are told.")] = 20,
+    limit: Annotated[int, Parameter(help="So many groups of changes are told, at most 10,000.")] = 20,
     as_json: JsonOption = False,
 ) -> int:
     """Decide the journal's verdicts again under another configuration, and tell what would change.
@@ -48,26 +54,32 @@ def replay(
     if config_path is None:
         raise GatepostError("--config is missing: the new configuration, to be tried on what the journal remembers")
     now_s = datetime.now(UTC).timestamp()
-    begin, end = now_s - _ago(since, "--since"), now_s - _ago(until, "--until")
+    begin, end = _times(since, until, now_s)
     new = config.load_file(config_path)
+    before = None if against is None else config.load_file(against).gate
     owner = _journal_of(journal_of, new)
+    limit = max(limit, 0)
     with records.journal(owner) as journal:
         total = journal.count_between(begin, end)
         with _progress(total, quiet=as_json) as progress:
-            replayed = answers.replay(new.gate, journal.verdicts(begin, end), now_s, progress=progress)
-        name = journal.name
+            verdicts = journal.verdicts(begin, end)
+            replayed = answers.replay(new.gate, verdicts, now_s, before=before, known=owner.gate, progress=progress)
+        name, left_out = journal.name, max(total - replayed.verdicts, 0)
     if as_json:
-        say_json(answers.as_object(replayed, limit))
+        say_json({**answers.as_object(replayed, limit), "left_out": left_out})
     else:
         _tell(replayed, name, begin, limit)
+        if left_out:
+            say(
+                f"{_count(left_out, 'verdict')} of that time cannot be decided again: of pseudonyms, or damaged",
+                "yellow",
+            )
     return DONE if replayed.same else BAD_NEWS
 
 
-def _ago(written: str, option: str) -> float:
-    try:
-        return values.duration_s(0 if written == "0" else written)
-    except ValueError as error:
-        raise GatepostError(f'{option} "{written}": {error}') from None
+def _times(since: str, until: str, now_s: float) -> tuple[float, float]:
+    (query,) = trace.understood(trace.Asked(since=since, until=until), now_s).queries
+    return query.since or 0.0, now_s if query.until is None else query.until
 
 
 def _journal_of(named: str | None, new: Config) -> Config:
