@@ -125,6 +125,35 @@ def test_one_that_would_be_an_open_relay_loads_with_a_warning_and_the_proof_stan
     assert "Only watched, and not acted on\n" in capsys.readouterr().out
 
 
+def test_entries_of_one_line_are_told_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    entries = 'trust = [{network = "10.1.0.0/16"}, {network = "0.0.0.0/0", shadow = true}]\n'
+    Path("gatepost.toml").write_text(entries + CONFIG.partition("[[trust]]")[0])
+    assert cli.main(["check", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["proof"]["proven"]
+    assert [one["sentence"].partition(" ")[0] for one in (*told["trust"], *told["watched"])] == [
+        "10.1.0.0/16",
+        "0.0.0.0/0",
+    ]
+    assert [text for text in told["warnings"] if "acted on, this would be an open relay" in text]
+
+
+def test_an_entry_that_would_see_nothing_is_warned_of():
+    pop3 = '[[listen]]\nname = "pop3"\nrole = "pop3"\naddress = "127.0.0.1:0"\nserver = "127.0.0.1:1110"\n'
+    certificate = f'\n[[trust]]\ncertificate = "{"ab" * 32}"\n'
+    grant = '\n[[trust]]\npop3 = "30m"\n'
+    watched = "".join(f"{text}shadow = true\n" for text in (certificate, grant))
+    texts = config.load((CONFIG + pop3 + watched).encode(), "gatepost.toml").warnings
+    sees_none = [text for text in texts if "which is only watched, sees none" in text]
+    assert [text.partition(": no ")[2].partition(" until")[0] for text in sees_none] == [
+        "client is asked for its certificate",
+        "login to the mailbox server is kept",
+    ]
+    texts = config.load((CONFIG + pop3 + watched + certificate.replace("ab", "cd") + grant).encode(), "g.toml").warnings
+    assert not [text for text in texts if "sees none" in text]
+
+
 def test_decided_and_journalled_and_not_acted_on(tmp_path, capsys):
     with Gate(tmp_path, CONFIG + SHADOWS) as gate:
         with smtplib.SMTP("127.0.0.1", gate.port, timeout=30) as client:

@@ -104,8 +104,9 @@ def _watched(gate: GateSettings, now: float) -> list[dict[str, str]]:
     """The entries with shadow = true."""
     if gate.shadowed is None:
         return []
-    grants = [entry for entry in gate.shadowed.trust if entry not in gate.rules.trust]
-    denials = [entry for entry in gate.shadowed.deny if entry not in gate.rules.deny]
+    acting, denying = set(gate.rules.trust), set(gate.rules.deny)  # by value: one line may hold several entries
+    grants = [entry for entry in gate.shadowed.trust if entry not in acting]
+    denials = [entry for entry in gate.shadowed.deny if entry not in denying]
     return [
         *({"sentence": trust_sentence(entry, now), "where": entry.where} for entry in grants),
         *({"sentence": f"refuses {deny_sentence(entry, now)}", "where": entry.where} for entry in denials),

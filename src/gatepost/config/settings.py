@@ -73,7 +73,8 @@ def build(document: Document, now: float, *, refuse_open: bool = True) -> GateSe
     journal = _journal(document)
     _refuse_open_relay(document, listens, rules, name, now, refuse=refuse_open)
     if shadowed is not None:
-        _warn_of_open_shadows(document, listens, rules, shadowed, now)
+        _warn_of_open_shadows(document, listens, shadowed, now)
+        _warn_of_blind_shadows(document, rules)
     return GateSettings(
         name=name,
         data=data,
@@ -846,16 +847,35 @@ def _refuse_open_relay(
 
 
 def _warn_of_open_shadows(
-    document: Document, listens: tuple[ListenSettings, ...], rules: RelayRules, shadowed: RelayRules, now: float
+    document: Document, listens: tuple[ListenSettings, ...], shadowed: RelayRules, now: float
 ) -> None:
     """What is only watched opens nothing; whoever means to act on it later should know."""
     public_trust = cast("schema.Gate", document.tables["gate"]).public_trust
-    watched = {entry.where for entry in shadowed.trust} - {entry.where for entry in rules.trust}
     for opening in prover.openings(shadowed, smtp_listeners(listens), public_trust, now):
-        if opening.rule != "local" and shadowed.trust[opening.number].where in watched:
+        index, entry = document.entries["trust"][opening.number] if opening.rule != "local" else (0, None)
+        if entry is not None and entry.shadow:
             document.warning(
-                ("trust", document.entries["trust"][opening.number][0]),
+                ("trust", index),
                 f"acted on, this would be an open relay: {opening.sentence}; it is only watched",
+            )
+
+
+def _warn_of_blind_shadows(document: Document, rules: RelayRules) -> None:
+    """What a client is not asked for cannot be seen of it."""
+    for index, entry in document.entries["trust"]:
+        if not entry.shadow:
+            continue
+        if entry.certificate and not rules.index.trust_certificates:
+            document.warning(
+                ("trust", index, "certificate"),
+                "no client is asked for its certificate until an entry in force trusts one, so that this one, which is "
+                "only watched, sees none",
+            )
+        if entry.pop3 and not rules.index.trust_mailbox_logins:
+            document.warning(
+                ("trust", index, "pop3"),
+                "no login to the mailbox server is kept until an entry in force asks for it, so that this one, which "
+                "is only watched, sees none",
             )
 
 
