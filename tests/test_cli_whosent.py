@@ -168,6 +168,17 @@ def test_what_is_in_doubt_is_no_yes(place, capsys):
     assert "doubt   its Message-ID is <made-up@evil.test>" in out
 
 
+def test_what_the_file_is_can_be_said(place, capsys):
+    assert typed(capsys, "through-us.eml")[0] == 1
+    code, out, _ = typed(capsys, "through-us.eml", "--kind", "message")
+    assert code == 0
+    assert out.startswith("OURS: the client 192.0.2.44, without a login; ")
+    code, out, _ = typed(capsys, "outlook-attached.eml", "--kind=complaint")
+    assert code == 0
+    assert out.splitlines()[1] == "asked   by Carol Reader <carol@victim.example>: FW: Your invoice 4711"
+    assert typed(capsys, "message.eml", "--kind", "else")[0] == 2
+
+
 def test_by_the_journal_only(place, capsys):
     keep(place)
     code, out, _ = typed(capsys, "cut-short.txt")

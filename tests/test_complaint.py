@@ -36,8 +36,8 @@ from gatepost.facts import Identity
 from gatepost.gate.trace import trace_field, trace_head
 
 
-def judged(octets: bytes | str) -> Judged:
-    return judge(read_complaint(octets.encode() if isinstance(octets, str) else octets), KEY.read, NAME)
+def judged(octets: bytes | str, kind: str = "") -> Judged:
+    return judge(read_complaint(octets.encode() if isinstance(octets, str) else octets), KEY.read, NAME, kind)
 
 
 def marks(found: Judged) -> list[Mark]:
@@ -294,6 +294,43 @@ def test_of_two_passes_the_last_is_told_first() -> None:
 
 def test_a_valid_token_in_the_body_does_not_outweigh_the_field() -> None:
     found = judged(FIELD.decode() + f"Subject: x\n\n(token {OTHER})\n")
+    assert [seal.record.account for seal in found.seals] == ["anna"]
+
+
+COPY = one_of_ours(token=OTHER, client="[198.51.100.99]", id="M3N4P5R6.1", date="Wed, 25 Nov 2026 10:15:12 +0000")
+
+
+@pytest.mark.parametrize("between", ["", "Subject: x\n\nbody\n\n"])
+def test_a_copy_below_a_line_that_was_misread_does_not_take_its_place(between: str) -> None:
+    misread = one_of_ours(token=swapped(TOKEN, *often_confused(TOKEN)[:1]))
+    found = judged(misread + between + COPY)
+    assert (found.seals[0].record.account, found.overshadowed) == ("anna", False)
+    for top in (one_of_ours(token=TOKEN[:30]), one_of_ours(token=STRANGER), one_of_ours(client="[192.0.2.1]")):
+        found = judged(top + between + COPY)
+        assert (found.seals[0].record.account, found.overshadowed) == ("bert", True)
+    assert not judged(COPY + misread).overshadowed
+
+
+def test_a_header_section_within_a_message_that_did_not_pass_here() -> None:
+    outer = complaint("no-trace.txt").decode() + "\nReceived: from a by b\nSubject: x\nFrom: a\n\nbody\n\n"
+    found = judged(outer + COPY)
+    assert (found.seals[0].record.account, found.nested) == ("bert", True)
+    assert not judged(COPY + outer).nested
+
+
+def test_a_message_is_told_from_a_complaint_where_somebody_says_which_it_is() -> None:
+    """Its sender may write into it what looks like a message that was forwarded."""
+    text = FIELD.decode() + "From: a\nTo: b\n\nbody\n\n" + COPY + "Subject: x\n"
+    assert [judged(text, kind).seals[0].record.account for kind in ("", "complaint", "message")] == [
+        "bert", "bert", "anna",
+    ]  # fmt: skip
+    plain = FIELD.decode() + "Subject: x\n\nbody\n"
+    assert [len(judged(plain, kind).seals) for kind in ("", "complaint", "message")] == [1, 0, 1]
+    assert judged("hello", "complaint").seals == judged("hello", "message").seals == ()
+
+
+def test_a_misread_line_outweighs_a_token_in_the_body() -> None:
+    found = judged(one_of_ours(token=swapped(TOKEN, *often_confused(TOKEN)[:1])) + f"\n\n(token {OTHER})\n")
     assert [seal.record.account for seal in found.seals] == ["anna"]
 
 

@@ -17,7 +17,7 @@ import binascii
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum, unique
 from itertools import chain, combinations, islice
@@ -645,6 +645,8 @@ class Judged(NamedTuple):
         lines: its Received fields.
         seals: tokens of that message, the last pass through this gate first.
         loose: they stand in no Received field, so that nothing around them can be compared.
+        overshadowed: a line that claims to be ours, and is not verified, stands above the first that is.
+        nested: it stands in another message, which did not pass here.
         enclosing: the header section of the complaint itself, where it holds another message; around: its Received
             fields.
         trials: how many were made to repair tokens.
@@ -654,6 +656,8 @@ class Judged(NamedTuple):
     lines: tuple[Line, ...]
     seals: tuple[Seal, ...]
     loose: bool
+    overshadowed: bool
+    nested: bool
     enclosing: Section | None
     around: tuple[Line, ...]
     trials: int
@@ -663,32 +667,43 @@ _NOTHING: Final = Section({}, (), outermost=False)
 _MESSAGE_FIELDS: Final = frozenset(("from", "to", "date", "sent", "subject", "message-id"))
 
 
-def judge(complaint: Complaint, read: Read, name: str) -> Judged:
+def judge(complaint: Complaint, read: Read, name: str, kind: str = "") -> Judged:
     """Which of the tokens are ours, and what that says of the fields around them.
 
     Args:
         read: what a token says, None for one that is not ours.
         name: of this gate, as it stands in its trace fields.
+        kind: "complaint": its first header section is that of a complaint; "message": that of the message itself, and
+            others in it are its content; "": that is to be guessed.
     """
-    enclosing = complaint.sections[0] if _encloses(complaint) else None
-    sections = complaint.sections[0 if enclosing is None else 1 :]
+    enclosing, sections = None, complaint.sections
+    if kind == "message":
+        sections = sections[:1]
+    elif kind == "complaint" or _encloses(complaint):
+        first = sections[:1]
+        enclosing, sections = (first[0], sections[1:]) if first and first[0].outermost else (None, sections)
     trials = Trials(read)
     lines = [_lines(section, read, name) for section in sections]
+    verified = next((number for number, some in enumerate(lines) if _ours(some)), len(sections))
+    # What stands above the first that verifies may be ours and misread, and what verifies a copy below it.
+    for number, section in enumerate(sections[: verified + 1]):
+        lines[number] = _lines(section, read, name, trials)
     around = () if enclosing is None else _lines(enclosing, read, name)
     known = {line.seal.token for some in (*lines, around) for line in some if line.seal is not None}
     loose = [seal for seal in _loose_seals(complaint, read) if seal.token not in known]
     if not loose and not any(line.seal is not None for some in lines for line in some):
-        lines = [_lines(section, read, name, trials) for section in sections]
-        if not any(line.seal is not None for some in lines for line in some):
-            loose = [seal for seal in map(trials.repair, complaint.loose) if seal is not None]
+        loose = [seal for seal in map(trials.repair, complaint.loose) if seal is not None]
     number = _complained_of(sections, lines)
     chosen = lines[number] if sections else ()
     seals = tuple(line.seal for line in chosen if line.mark is Mark.OURS and line.seal is not None)
+    above = [*chain.from_iterable(lines[:number]), *islice(chosen, _ours(chosen)[0] if seals else None)]
     return Judged(
         sections[number] if sections else _NOTHING,
         chosen,
         seals or tuple(loose),
         not seals and bool(loose),
+        any(line.mark in (Mark.FORGED, Mark.DAMAGED) for line in above),
+        any(one.received and _MESSAGE_FIELDS & one.fields.keys() for one in sections[:number]),
         enclosing,
         around,
         trials.used,
@@ -741,9 +756,17 @@ def _complained_of(sections: tuple[Section, ...], lines: list[tuple[Line, ...]])
 
 
 def _lines(section: Section, read: Read, name: str, trials: Trials | None = None) -> tuple[Line, ...]:
-    """The Received fields of one section, judged.  A trace field goes to the top: RFC 5321 §4.4."""
-    judged = [_judged(one, read, name, trials) for one in section.received]
-    ours = [number for number, line in enumerate(judged) if line.mark is Mark.OURS]
+    """The Received fields of one section, judged.  A trace field goes to the top: RFC 5321 §4.4.
+
+    Args:
+        trials: to repair tokens with, above the first that verifies.
+    """
+    judged = [_judged(one, read, name) for one in section.received]
+    if trials is not None:
+        for number, one in enumerate(section.received[: next(iter(_ours(judged)), None)]):
+            if judged[number].seal is None:
+                judged[number] = _judged(one, read, name, trials)
+    ours = _ours(judged)
     if not ours:
         return tuple(judged)
     for number, line in enumerate(judged):
@@ -757,7 +780,11 @@ def _lines(section: Section, read: Read, name: str, trials: Trials | None = None
     return tuple(judged)
 
 
-def _judged(received: Received, read: Read, name: str, trials: Trials | None) -> Line:
+def _ours(lines: Sequence[Line]) -> list[int]:
+    return [number for number, line in enumerate(lines) if line.mark is Mark.OURS]
+
+
+def _judged(received: Received, read: Read, name: str, trials: Trials | None = None) -> Line:
     """One Received field by itself."""
     seals = [seal for seal in (_exact(candidate, read) for candidate in received.candidates) if seal is not None]
     if not seals and trials is not None:

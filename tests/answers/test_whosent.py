@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -71,9 +72,9 @@ def loaded(place: Place, text: str = CONFIG) -> Config:
 
 @pytest.fixture
 def ask(place: Place) -> Callable[..., dict[str, Any]]:
-    def asked(name: str | bytes, text: str = CONFIG) -> dict[str, Any]:
+    def asked(name: str | bytes, text: str = CONFIG, kind: str = "") -> dict[str, Any]:
         octets = name if isinstance(name, bytes) else complaint(name)
-        told = whosent.answer(loaded(place, text), octets, NOW_S)
+        told = whosent.answer(loaded(place, text), octets, NOW_S, kind)
         json.dumps(told)  # it is made of JSON's own types
         return told
 
@@ -179,6 +180,62 @@ def test_a_token_outside_of_a_field_is_told_as_one(ask) -> None:
     assert (told["verdict"], told["message"]) == (OURS, None)
     assert not told["proof"]["in_received"]
     assert told["doubts"] == ["the token stands in no Received field: whoever has seen one may have put it there"]
+
+
+def test_a_token_in_the_body_under_a_header_section_without_our_field_is_no_yes(ask) -> None:
+    header = b"Received: from evil.test by mail.victim.example; Thu, 26 Nov 2026 10:15:14 +0000\nSubject: x\n\n"
+    told = ask(header + f"(token {TOKEN})".encode())
+    assert (told["verdict"], told["account"]) == (IN_DOUBT, "anna")
+
+
+def test_a_true_line_below_one_that_cannot_be_verified_is_no_yes(ask) -> None:
+    ours = b"Received: " + complaint("message.eml").partition(b"Received: ")[2].partition(b"Received: ")[2]
+    claims = (
+        b"Received: from a.test by mx.example.com (Gatepost) with ESMTP id K7Q2M9XA.1; 26 Nov 2026 10:15:12 +0000\n"
+    )
+    assert ask(ours)["verdict"] == OURS
+    told = ask(claims + ours)
+    assert (told["verdict"], told["account"]) == (IN_DOUBT, "anna")
+    assert told["doubts"] == ["a line above it claims to be ours, and cannot be verified: the token may be copied"]
+
+
+def test_a_complaint_that_a_stranger_sent_through_this_gate(ask) -> None:
+    told = ask("through-us.eml")
+    assert (told["verdict"], told["reason"]) == (NOT_OURS, "complaint_only")
+    assert "sent by the client 192.0.2.44; if it is the message complained of, say so: --kind message" in str(told)
+    told = ask("through-us.eml", kind="message")
+    assert (told["verdict"], told["account"], told["client"]) == (OURS, None, "192.0.2.44")
+    inner = complaint("through-us.eml") + b"\n" + complaint("message.eml")
+    assert (ask(inner)["verdict"], ask(inner)["account"]) == (OURS, "anna")
+
+
+@pytest.mark.parametrize("client", ["", "198.51.100.7"])
+def test_a_message_of_ours_with_another_in_it_may_be_a_complaint(ask, client) -> None:
+    """Whoever may send elsewhere can write what looks like a forwarded message into its mail."""
+    sender = SESSION if not client else session(client)
+    outer = complaint("through-us.eml").decode().replace("7ABCDEFG", "K7Q2M9XA")
+    outer = re.sub(r"\(token \S+\)", f"(token {KEY.seal(sender, SECONDS + 3600)})", outer)
+    outer = outer.replace("192.0.2.44", str(sender.client.address))
+    told = ask(outer.encode())
+    assert (told["verdict"], told["account"], told["client"]) == (
+        IN_DOUBT, None if client else "anna", str(sender.client.address),
+    )  # fmt: skip
+    assert "it is taken for the message complained of" in told["doubts"][0]
+    assert ask(outer.encode(), kind="message")["verdict"] == OURS
+    assert ask(outer.encode(), kind="complaint")["verdict"] == NOT_OURS
+    copied = outer + "\n\n" + complaint("message.eml").decode().replace(TOKEN, KEY.seal(SESSION, SECONDS))
+    told = ask(copied.encode())
+    assert (told["verdict"], told["account"]) == (IN_DOUBT, "anna")
+    assert "say which it is: --kind complaint or --kind message" in told["doubts"][0]
+    assert ask(copied.encode(), kind="complaint")["verdict"] == OURS
+
+
+def test_a_copy_within_a_message_that_did_not_pass_here_is_no_yes(ask) -> None:
+    outer = b"From: Carol <carol@victim.example>\nSubject: Fwd: x\n\nLook:\n\n"
+    evil = b"Received: from evil.test by mail.victim.example\nFrom: evil@evil.test\nSubject: x\n\nbody\n\n"
+    told = ask(outer + evil + complaint("message.eml"))
+    assert (told["verdict"], told["account"]) == (IN_DOUBT, "anna")
+    assert told["doubts"] == ["it stands within another message, which has no field of ours: give the true one alone"]
 
 
 def test_a_repair_is_told(ask) -> None:

@@ -4,6 +4,7 @@ What is replaced in a file:
     {TOKEN}             of the message complained of; {TOKEN1} and {TOKEN2} are its halves
     {OCR}               the same as a reader of images may take it
     {OTHER}             of another session of ours; {STRANGER} of another gate's key; {CUT} the first third of ours
+    {INBOUND}           of the session in which the complaint itself came to us
     {BASE64 FILE}       that file, replaced likewise, as lines of base64
     {QUOTED FILE}       the same as quoted-printable
 """
@@ -31,7 +32,11 @@ SESSION = Session(
 OTHER_SESSION = SESSION._replace(
     reference="M3N4P5R6", client=Client(ip_address("198.51.100.99"), 1), identity=Identity("bert", "PLAIN")
 )
+INBOUND_SESSION = SESSION._replace(
+    reference="7ABCDEFG", client=Client(ip_address("192.0.2.44"), 1), listen="mx", role="mx", identity=None
+)
 TOKEN = KEY.seal(SESSION, SECONDS)
+INBOUND = KEY.seal(INBOUND_SESSION, SECONDS + 3600)
 OTHER = KEY.seal(OTHER_SESSION, SECONDS - 86400)
 STRANGER = TraceKey(bytes(reversed(KEY_BYTES))).seal(SESSION, SECONDS)
 HERE = Path(__file__).parent
@@ -53,7 +58,7 @@ def complaint(name: str) -> bytes:
     half = len(TOKEN) // 2
     words = {
         "TOKEN": TOKEN, "TOKEN1": TOKEN[:half], "TOKEN2": TOKEN[half:], "OCR": misread(TOKEN), "OTHER": OTHER,
-        "STRANGER": STRANGER, "CUT": TOKEN[: len(TOKEN) // 3],
+        "STRANGER": STRANGER, "CUT": TOKEN[: len(TOKEN) // 3], "INBOUND": INBOUND,
     }  # fmt: skip
     text = re.sub(r"\{([A-Z]+[12]?)\}", lambda found: words[found[1]], text)
     text = re.sub(r"\{BASE64 (\S+)\}\n", lambda found: base64.encodebytes(complaint(found[1])).decode(), text)

@@ -88,12 +88,28 @@ class _Actor(NamedTuple):
     seconds: float
 
 
-def answer(loaded: Config, octets: bytes, now_s: float) -> dict[str, Any]:
+class _Asked(NamedTuple):
+    """A complaint, read.
+
+    Attributes:
+        doubts: what makes it uncertain which message is complained of.
+    """
+
+    loaded: Config
+    complaint: Complaint
+    judged: Judged
+    reader: TraceReader
+    now_s: float
+    doubts: tuple[str, ...]
+
+
+def answer(loaded: Config, octets: bytes, now_s: float, kind: str = "") -> dict[str, Any]:
     """Who sent it, verified; what let it through, what else was sent, and what to reply.
 
     Args:
         octets: the complaint, whatever it is; behind ``COMPLAINT_OCTETS_MAX`` nothing is looked at.
         now_s: seconds since the epoch.
+        kind: "complaint", "message" for what is complained of itself, "" to be guessed.
 
     Raises:
         GatepostError: nobody can tell, for no key can be used; StorageError: nor which there are.
@@ -108,13 +124,17 @@ def answer(loaded: Config, octets: bytes, now_s: float) -> dict[str, Any]:
         if file.problem
     ]
     complaint = read_complaint(octets)
-    judged = judge(complaint, reader.read, loaded.gate.name)
+    judged = judge(complaint, reader.read, loaded.gate.name, kind)
+    doubts: list[str] = []
+    if not kind:
+        judged = _as_it_may_be_meant(loaded, complaint, judged, reader, doubts, notes)
+    asked = _Asked(loaded, complaint, judged, reader, now_s, tuple(doubts))
     try:
         with records.journal(loaded) as journal:
-            told = _told(loaded, complaint, judged, reader, journal, now_s, notes)
+            told = _told(asked, journal, notes)
     except StorageError as error:
         notes.append(f"the journal was not asked: {error}")
-        told = _told(loaded, complaint, judged, reader, None, now_s, notes)
+        told = _told(asked, None, notes)
     if told["verdict"] == NOT_OURS and not reader.keys:
         raise GatepostError(
             f"there is no key that can be used in {loaded.data}/keys, so that nobody can tell: keys are made by the "
@@ -129,39 +149,47 @@ def answer(loaded: Config, octets: bytes, now_s: float) -> dict[str, Any]:
     return told
 
 
-def _told(
-    loaded: Config,
-    complaint: Complaint,
-    judged: Judged,
-    reader: TraceReader,
-    journal: Journal | None,
-    now_s: float,
-    notes: list[str],
-) -> dict[str, Any]:
-    """The answer without what is quoted from the complaint."""
+def _as_it_may_be_meant(
+    loaded: Config, complaint: Complaint, judged: Judged, reader: TraceReader, doubts: list[str], notes: list[str]
+) -> Judged:
+    """What seems to be a complaint may be the message itself, with a message or lines of one in its content."""
+    seal = next((line.seal for line in judged.around if line.mark is Mark.OURS and line.seal is not None), None)
+    if seal is None:
+        return judged
+    record = seal.record
+    who = f"the account {record.account}" if record.account else f"the client {record.client}"
+    passed = f"what seems to be the complaint passed this gate itself on {moment(record.seconds)}, sent by {who}"
+    if not record.account and not relay.grants(loaded.gate.rules, _facts(record)):
+        # It could write to us alone.
+        notes.append(f"{passed}; if it is the message complained of, say so: --kind message")
+        return judged
     if judged.seals:
-        return _by_token(loaded, complaint, judged, reader, journal, now_s, notes)
+        doubts.append(f"{passed}; say which it is: --kind complaint or --kind message")
+        return judged
+    doubts.append(f"{passed}; it is taken for the message complained of: say --kind complaint, or --kind message")
+    return judge(complaint, reader.read, loaded.gate.name, "message")
+
+
+def _told(asked: _Asked, journal: Journal | None, notes: list[str]) -> dict[str, Any]:
+    """The answer without what is quoted from the complaint."""
+    loaded, complaint, judged = asked.loaded, asked.complaint, asked.judged
+    if judged.seals:
+        return _by_token(asked, journal, notes)
     found = None if journal is None else _by_journal(journal, complaint, judged)
     if journal is not None and found is not None:
         known, how = found
         verdict = IN_DOUBT if known.fatal else BY_JOURNAL
         actor = _actor_of_row(known.rows[0])
-        return _named(loaded, verdict, how, known, actor, journal, now_s, notes) | {"proof": None, "passes": []}
+        named = _named(loaded, verdict, how, known, actor, journal, asked.now_s, notes)
+        return named | {"proof": None, "passes": []}
     return _not_ours(complaint, judged, journal, loaded)
 
 
 # --- By the token -----------------------------------------------------------------------------------------------------
 
 
-def _by_token(
-    loaded: Config,
-    complaint: Complaint,
-    judged: Judged,
-    reader: TraceReader,
-    journal: Journal | None,
-    now_s: float,
-    notes: list[str],
-) -> dict[str, Any]:
+def _by_token(asked: _Asked, journal: Journal | None, notes: list[str]) -> dict[str, Any]:
+    loaded, complaint, judged, reader = asked.loaded, asked.complaint, asked.judged, asked.reader
     seal = judged.seals[0]
     message = _message_of(seal, complaint, judged)
     known = _Known((), message, None)
@@ -169,21 +197,29 @@ def _by_token(
         known = _known_session(journal, seal.record, message, judged, notes)
         if not known.rows:
             notes.append(_unknown(loaded, journal, seal.record.seconds))
-    doubts = list(known.doubts)
+    doubts = [*asked.doubts, *known.doubts]
+    fatal = known.fatal or bool(asked.doubts)
     if judged.loose:
         doubts.insert(0, "the token stands in no Received field: whoever has seen one may have put it there")
+        fatal = fatal or bool(judged.lines)  # a header section without our field
+    if judged.overshadowed:
+        doubts.insert(0, "a line above it claims to be ours, and cannot be verified: the token may be copied")
+        fatal = True
     if seal.repaired:
         places = "1 place" if seal.repaired == 1 else f"{seal.repaired} places"
         notes.append(f"the token was misread in {places} and was repaired; what it says is proven all the same")
-    known = known._replace(doubts=tuple(doubts))
-    how = (
-        "the journal contradicts it: the token is true, and may be copied from another message"
-        if known.fatal
-        else "the token in its Received field was sealed by this gate"
-    )
+    if judged.nested:
+        doubts.insert(0, "it stands within another message, which has no field of ours: give the true one alone")
+        fatal = True
+    how = "the token in its Received field was sealed by this gate"
+    if known.fatal:
+        how = "the journal contradicts it: the token is true, and may be copied from another message"
+    elif fatal or judged.loose:
+        how = "the token was sealed by this gate, but may be that of another message"
+    known = known._replace(doubts=tuple(doubts), fatal=fatal)
     actor = _actor_of_token(seal.record, known.rows)
     retired = reader.retired(seal.record.key)
-    told = _named(loaded, IN_DOUBT if known.fatal else OURS, how, known, actor, journal, now_s, notes)
+    told = _named(loaded, IN_DOUBT if fatal else OURS, how, known, actor, journal, asked.now_s, notes)
     told["proof"] = {
         "token": seal.token,
         "key": seal.record.key or None,
@@ -375,9 +411,13 @@ def _actor_of_token(record: Sealed, rows: Sequence[Kept]) -> _Actor:
                 return _Actor(named, str(record.client), kept.session, record.seconds)
         elif not kept.pseudonymous:
             return _Actor("", str(record.client), kept.session, record.seconds)
-    identity = Identity(account, "") if account else None
-    facts = Session(record.reference, Client(record.client, 0), "", "", identity=identity)
-    return _Actor(account, str(record.client), facts, record.seconds)
+    return _Actor(account, str(record.client), _facts(record), record.seconds)
+
+
+def _facts(record: Sealed) -> Session:
+    """As much as a token says."""
+    identity = Identity(record.account, "") if record.account else None
+    return Session(record.reference, Client(record.client, 0), "", "", identity=identity)
 
 
 def _actor_of_row(kept: Kept) -> _Actor:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -45,6 +45,12 @@ def whosent(
     ],
     /,
     *,
+    kind: Annotated[
+        Literal["complaint", "message"] | None,
+        Parameter(
+            help="What the file is: a complaint with the message in it, or the message itself. Default: guessed."
+        ),
+    ] = None,
     config_path: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -56,7 +62,7 @@ def whosent(
     answers without it. Exit code: 0 ours, 1 not ours or in doubt, 2 it cannot be told.
     """
     loaded = config.load_file(config.find(config_path))
-    answer = answers.answer(loaded, _read(file), datetime.now(UTC).timestamp())
+    answer = answers.answer(loaded, _read(file), datetime.now(UTC).timestamp(), kind or "")
     if as_json:
         say_json(answer)
     else:
@@ -115,6 +121,9 @@ def _headline(answer: dict[str, Any]) -> str:
 
 
 def _facts(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    complaint = answer["complaint"]
+    if complaint["from"] is not None:
+        yield "asked", f"by {complaint['from']}" + (f": {complaint['subject']}" if complaint["subject"] else "")
     if answer["verdict"] == answers.NOT_OURS:
         return
     yield "when", answers.moment_of(answer["time"])
