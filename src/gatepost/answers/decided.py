@@ -265,7 +265,7 @@ def shadow_pairs(answer: dict[str, Any]) -> list[tuple[str, str]]:
     """What the entries would change that are only watched."""
     if answer["shadow"] is None:
         return []
-    return [("watched", f"with the entries acted on that are only watched: {answer['shadow']}")]
+    return [("watched", f"with the entries of shadow = true acted on: {answer['shadow']}")]
 
 
 def _change_text(change: dict[str, str]) -> str:

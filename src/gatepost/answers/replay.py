@@ -144,7 +144,7 @@ def replay(
         then = _then(kept.entry) if compared is None else compared.decided(kept.session, kept.entry)
         folded.add(kept, then, now)
     progress(number)
-    changes = {change: folded.changes.get(change, 0) for change in Change}
+    changes = {change: folded.changes.get(change, 0) for change in Change} | {Change.SAME: folded.same}
     return Replayed(number, changes, folded.groups(), folded.others, list(_notes(gate, known or before)))
 
 
@@ -296,7 +296,7 @@ class _Folded:
     def __init__(self, gate: GateSettings) -> None:
         self._rules = gate.rules
         self.changes: dict[Change, int] = {}
-        self.others = 0
+        self.same = self.others = 0
         self._sums: dict[_Key, _Sum] = {}
         self._refused_before: dict[tuple[str, str], int] = {}
         self._actors: dict[int, tuple[Session, str]] = {}
@@ -308,8 +308,10 @@ class _Folded:
             if before in self._refused_before or len(self._refused_before) < ACTORS_MAX:
                 self._refused_before[before] = self._refused_before.get(before, 0) + 1
         if then.word == now.word:
-            change = Change.SAME if then.reason == now.reason else Change.REASON
-            self.changes[change] = self.changes.get(change, 0) + 1
+            if then.reason == now.reason:
+                self.same += 1
+            else:
+                self.changes[Change.REASON] = self.changes.get(Change.REASON, 0) + 1
             return
         change = _CHANGES[now.word]
         self.changes[change] = self.changes.get(change, 0) + 1
