@@ -6,7 +6,8 @@ administrator wrote) is one of these, translated once at the edge where it happe
     GatepostError            something a person can mend; str() is a whole sentence for that person
     ├── ConfigError          the configuration does not load; carries every problem found, with file and line
     ├── BackendUnavailable   no backend address answered, or one was lost before it could answer
-    └── StorageError         a disk or file let us down before content was safe
+    ├── StorageError         a disk, file or database let us down before content was safe
+    └── Busy                 the same is being asked for by somebody else; it may be asked again
 """
 
 from __future__ import annotations
@@ -34,3 +35,7 @@ class BackendUnavailable(GatepostError):
 
 class StorageError(GatepostError):
     """A local disk operation failed; nothing was acknowledged because of it."""
+
+
+class Busy(GatepostError):
+    """Somebody else asks the same just now, and it is answered once at a time."""

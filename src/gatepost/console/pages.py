@@ -24,7 +24,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gatepost.console.login import COOKIE, COOKIE_S, Login
-from gatepost.errors import GatepostError
+from gatepost.errors import Busy, GatepostError
 
 ANSWER_S: Final = 30.0
 SELFTEST_S: Final = 180.0
@@ -52,10 +52,6 @@ class Answers:
     in_words: Callable[[Answer], list[tuple[str, str]]]
     names: frozenset[str] = frozenset()
     now_s: Callable[[], float] = field(default=lambda: 0.0)
-
-
-class Busy(GatepostError):
-    """Somebody else asks the same."""
 
 
 class _Asking:
