@@ -168,7 +168,10 @@ def measure(data: str, settings: JournalSettings, entries: int) -> None:
         taken += step.records
     elapsed, cpu_s = time.monotonic() - began, _cpu_s() - cpu_s
     size = sum(path.stat().st_size for path in (Path(data) / "journal").glob("journal.sqlite*"))
-    print(f"written on top of {entries:,} entries ({size / (1 << 30):.1f} GiB): {taken / elapsed:,.0f} records/s, ", end="")
+    print(
+        f"written on top of {entries:,} entries ({size / (1 << 30):.1f} GiB): {taken / elapsed:,.0f} records/s, ",
+        end="",
+    )
     print(f"{cpu_s / taken * 1e6:.0f} us of CPU each\n")
     database.close()
 

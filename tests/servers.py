@@ -42,6 +42,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
+import psycopg
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -831,9 +832,6 @@ class PostgreSQL(Server):
     """
 
     name = "postgresql"
-    hello = bytes.fromhex("00 00 00 08 04 d2 16 2f")  # SSLRequest
-    greeting = b"N"
-    farewell = b""
     end_signal = signal.SIGINT  # what clients have begun is broken off
     password = "the database's password"
 
@@ -862,6 +860,12 @@ class PostgreSQL(Server):
         }
         words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
         return [*_AS_POSTGRES, str(self.program), "-D", str(self.directory / "cluster"), *words]
+
+    def _greets(self) -> bool:
+        # It listens before it lets anybody in.
+        with suppress(psycopg.OperationalError), psycopg.connect(self.url("postgres"), connect_timeout=5):
+            return True
+        return False
 
     def url(self, database: str) -> str:
         """Of a database, with user and password."""

@@ -21,7 +21,18 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "gatepost"
 PAGE = ROOT / "docs" / "limits.md"
 
-UNITS = {"": 1, "octets": 1, "KiB": 1 << 10, "MiB": 1 << 20, "s": 1, "min": 60, "h": 3600}
+UNITS = {
+    "": 1,
+    "octets": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "s": 1,
+    "min": 60,
+    "h": 3600,
+    "d": 86400,
+    "characters": 1,
+}
 # Limits of the gate's own processes among themselves, and of what it shows to people: nobody outside can meet them.
 INSIDE = {
     "gate/channel.py",

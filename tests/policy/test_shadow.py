@@ -184,6 +184,5 @@ def test_decided_and_journalled_and_not_acted_on(tmp_path, capsys):
         message = ["--client", "127.0.0.1", "--reverse-path", "a@x.test", "--forward-path", "victim@elsewhere.test"]
         assert cli.main(["explain", *message, "--config", str(tmp_path / "gatepost.toml")]) == 1
         assert (
-            "watched with the entries of shadow = true acted on: admit: network 127.0.0.1/32"
-            in capsys.readouterr().out
+            "watched with the entries of shadow = true acted on: admit: network 127.0.0.1/32" in capsys.readouterr().out
         )

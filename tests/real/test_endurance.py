@@ -321,6 +321,7 @@ def test_a_thousand_slow_clients_cost_little_and_keep_nobody_out(many_sockets, t
         with Wire(gate.port) as warm:
             warm.hello()
             assert warm.mail(LOCAL, message("before")).startswith("250")
+        until(lambda: metric(gate, "gatepost_journal_records_total") >= 1, "the journal's writer has begun its work")
         before = memory_octets(gate)
         with ThreadPoolExecutor(8) as pool:
             wires = list(pool.map(stall, range(SLOW)))
