@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -154,6 +155,21 @@ def test_old_keys_still_read(ask, place) -> None:
     assert told["verdict"] == OURS
     assert told["proof"]["key"] == "trace.key"
     assert told["proof"]["key_retired"] is not None
+
+
+@pytest.mark.parametrize(("after_s", "verdict"), [(-86_401, IN_DOUBT), (-86_400, OURS), (0, OURS), (86_400, OURS)])
+def test_a_token_of_a_key_that_was_out_of_use_by_then_may_be_that_of_a_thief(ask, place, after_s, verdict) -> None:
+    """A day is for a gate that was not reloaded at once."""
+    newer = place.directory / "keys" / "trace-2.key"
+    newer.write_bytes(bytes(64))
+    os.utime(newer, (SECONDS + after_s, SECONDS + after_s))
+    told = ask("message.eml")
+    assert told["verdict"] == verdict
+    if verdict == IN_DOUBT:
+        assert told["doubts"][0].startswith("its key trace.key had been replaced on 2026-11-25 ")
+        assert told["why"] == "the token was sealed with a key of this gate that was out of use by then"
+        place.keep(record([sent()], SESSION))
+        assert ask("message.eml")["verdict"] == OURS, "the journal knows better"
 
 
 def test_a_key_that_cannot_be_used_is_a_note(ask, place) -> None:

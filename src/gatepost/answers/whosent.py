@@ -211,14 +211,21 @@ def _by_token(asked: _Asked, journal: Journal | None, notes: list[str]) -> dict[
     if judged.nested:
         doubts.insert(0, "it stands within another message, which has no field of ours: give the true one alone")
         fatal = True
+    retired = reader.retired(seal.record.key)
+    late = False
+    if retired is not None and seal.record.seconds > retired + DAY_S and not known.rows:
+        late = fatal = True
+        when = f"its key {seal.record.key} had been replaced on {moment(retired)}, before it was sealed"
+        doubts.insert(0, f"{when}: whoever got hold of that key may have made it")
     how = "the token in its Received field was sealed by this gate"
+    if late:
+        how = "the token was sealed with a key of this gate that was out of use by then"
     if known.fatal:
         how = "the journal contradicts it: the token is true, and may be copied from another message"
-    elif fatal or judged.loose:
+    elif not late and (fatal or judged.loose):
         how = "the token was sealed by this gate, but may be that of another message"
     known = known._replace(doubts=tuple(doubts), fatal=fatal)
     actor = _actor_of_token(seal.record, known.rows)
-    retired = reader.retired(seal.record.key)
     told = _named(loaded, IN_DOUBT if fatal else OURS, how, known, actor, journal, asked.now_s, notes)
     told["proof"] = {
         "token": seal.token,
