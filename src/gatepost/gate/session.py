@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from gatepost.backend.content import Content
 from gatepost.errors import StorageError
@@ -43,7 +43,7 @@ from gatepost.smtp.command import (
     Xclient,
 )
 from gatepost.smtp.header import HeaderDefect, author_addresses
-from gatepost.smtp.path import ForwardPath, Mailbox
+from gatepost.smtp.path import ForwardPath, Mailbox, ReversePath
 from gatepost.smtp.reply import Reply
 from gatepost.smtp.server import (
     NEED_DATA,
@@ -105,6 +105,22 @@ _NO_JOURNAL = Reply(451, "The journal cannot be written, try again later", "4.3.
 _NO_SPACE = Reply(452, "Not enough room for the message, try again later", "4.3.1")
 
 
+class _Noted(NamedTuple):
+    """A recipient that policy admitted, for the journal; by: the authority's place, reply: the backend's own."""
+
+    at: float
+    reverse_path: ReversePath
+    forward_path: ForwardPath
+    recipients: int
+    by: str
+    reply: str
+    backend: str
+    would: str
+
+
+_NO_MESSAGE = ("", "", 0)  # the id in the trace field, Message-ID, octets of content
+
+
 class Session:
     """One client, from the greeting to the end of its connection."""
 
@@ -126,6 +142,7 @@ class Session:
         "_lax",
         "_logins",
         "_mail",
+        "_message",
         "_message_number",
         "_number",
         "_refusals",
@@ -174,7 +191,8 @@ class Session:
         self._message_number = 0
         self._number = 0
         self._entries: list[tuple[SessionFacts, Entry]] = []
-        self._admitted: list[Entry] = []
+        self._admitted: list[_Noted] = []
+        self._message = _NO_MESSAGE
         self._transactions: list[TransactionRecord] = []
         self._transaction_record: TransactionRecord
         self._closing = False
@@ -665,8 +683,10 @@ class Session:
         record["message"] = message
         now = int(time.time())  # noqa: TID251
         journal = server.journal
-        if journal is not None and not await self._known_before_delivery(journal, content, message, ended.size_octets):
-            return self._finish(_NO_JOURNAL, "journal")
+        if journal is not None:
+            self._message = message, self._message_id(content), ended.size_octets
+            if server.settings.journal.before_reply and not await self._known_before_delivery(journal):
+                return self._finish(_NO_JOURNAL, "journal")
         field = trace_field(
             self._trace_head(utf8=self._mail.parameters.smtputf8),
             message,
@@ -823,8 +843,8 @@ class Session:
         now = time.time()  # noqa: TID251
         if self._admitted:
             word = "deferred" if reply.transient else "refused"
-            for entry in self._admitted:
-                self._note(entry._replace(at=now, stage="content", verdict=word, reason=why, reply=reply.line))
+            for noted in self._admitted:
+                self._note(self._entry(noted, "content", word, why, now, reply.line))
             self._admitted = []
         if settled is not None and self.server.journal is not None:
             self.server.journal.keep(settled, now)
@@ -849,9 +869,10 @@ class Session:
             self._content.close()
             self._content = None
         self._storage_failed = False
-        for entry in self._admitted:  # nothing came of it
-            self._note(entry)
+        for noted in self._admitted:  # nothing came of it
+            self._note(self._entry(noted, "rcpt", "admitted", ""))
         self._admitted = []
+        self._message = _NO_MESSAGE
         self.transaction = None
         self._mail = None
         self._counted = set()
@@ -869,40 +890,66 @@ class Session:
         self, recipient: AdmittedRecipient, transaction: TransactionFacts, reply: Reply, would: str
     ) -> None:
         """What policy admitted, and what the backend says of it."""
-        word = "admitted" if reply.positive else "deferred" if reply.transient else "refused"
-        entry = Entry(
+        noted = _Noted(
             transaction.now,
-            self._number,
-            "rcpt",
             transaction.reverse_path,
             recipient.forward_path,
             transaction.recipients,
-            word,
-            "" if reply.positive else "backend",
-            by=recipient.authority.where,
-            reply=reply.line,
-            backend=recipient.backend,
-            would=would or self._transaction_record.get("would", ""),
+            recipient.authority.where,
+            reply.line,
+            recipient.backend,
+            would or self._transaction_record.get("would", ""),
         )
         if reply.positive:
-            self._admitted.append(entry)
+            self._admitted.append(noted)
         else:
-            self._note(entry)
+            self._note(self._entry(noted, "rcpt", "deferred" if reply.transient else "refused", "backend"))
 
-    async def _known_before_delivery(self, journal: Backlog, content: Content, message: str, size_octets: int) -> bool:
-        """Whether the journal has what it must have before the backend may take the message."""
+    def _entry(
+        self,
+        noted: _Noted,
+        stage: str,
+        verdict: str,
+        reason: str,
+        at: float | None = None,
+        reply: str | None = None,
+        *,
+        settles: bool = False,
+    ) -> Entry:
+        """A recipient's verdict; by default of the moment and with the reply of its RCPT."""
+        message, message_id, size_octets = self._message
+        return Entry(
+            noted.at if at is None else at,
+            self._number,
+            stage,
+            noted.reverse_path,
+            noted.forward_path,
+            noted.recipients,
+            verdict,
+            reason,
+            "",
+            noted.by,
+            "",
+            "",
+            noted.reply if reply is None else reply,
+            message,
+            message_id,
+            size_octets,
+            noted.backend,
+            noted.would,
+            settles,
+        )
+
+    async def _known_before_delivery(self, journal: Backlog) -> bool:
+        """Whether the disk has what the journal must have before the backend may take the message."""
+        told = [self._entry(noted, "content", "admitted", DELIVERING, reply="") for noted in self._admitted]
+        return await journal.keep_durably(Record(self.facts, told), time.time(), BEFORE_REPLY_S)  # noqa: TID251
+
+    def _message_id(self, content: Content) -> str:
         try:
-            message_id = header.message_id(content.header_section())
+            return header.message_id(content.header_section())
         except StorageError:  # what cannot be read here cannot be delivered either, and is answered there
-            message_id = ""
-        self._admitted = [
-            entry._replace(stage="content", message=message, message_id=message_id, size=size_octets)
-            for entry in self._admitted
-        ]
-        if not self.server.settings.journal.before_reply:
-            return True
-        record = Record(self.facts, [entry._replace(reason=DELIVERING, reply="") for entry in self._admitted])
-        return await journal.keep_durably(record, time.time(), BEFORE_REPLY_S)  # noqa: TID251
+            return ""
 
     def _settled(self, reply: Reply) -> Record | None:
         """What became of a message that went to its backend; None where the journal was not kept when it came."""
@@ -914,7 +961,7 @@ class Session:
         settles, reason = self.server.settings.journal.before_reply, "" if reply.positive else "backend"
         return Record(
             self.facts,
-            [entry._replace(at=now, verdict=word, reason=reason, reply=line, settles=settles) for entry in admitted],
+            [self._entry(noted, "content", word, reason, now, line, settles=settles) for noted in admitted],
         )
 
     def hand_over(self, journal: Backlog, end: End | None = None) -> None:

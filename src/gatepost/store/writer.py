@@ -86,6 +86,17 @@ class Step(NamedTuple):
     clock_back_s: float = 0.0
 
 
+class _Session(NamedTuple):
+    """What a line says of its session; written: its facts as they are kept."""
+
+    told: dict[str, Any]
+    reference: str
+    client: bytes
+    port: int
+    account: str
+    written: str
+
+
 class Writer:
     """What the writing process does, one step after the other.
 
@@ -108,6 +119,7 @@ class Writer:
         self._facts: dict[int, None] = {}
         self._facts_rows = self._facts_least = 0  # about; as many as verdicts name
         self._latest_ms = 0
+        self._last: _Session | None = None
         database.prepare()
         self._position = self._where_we_were()
 
@@ -198,39 +210,47 @@ class Writer:
         # JSON in ASCII: where nothing is escaped, nothing can be there that a database does not take.
         plain = len(line) <= _PLAIN_OCTETS and b"\\u" not in line
         try:
-            session = dict(typed(record["session"], dict))
-            reference = _short(text(session.pop("reference")), 16)
-            port = number(session.pop("port")) & 0xFFFF
-            client = packed(text(session["client"]))
-            identity = session.get("identity")
-            account = _storable("" if identity is None else text(identity["account"]), _KEY_MAX)
+            session = self._session(typed(record["session"], dict))
+            about = session.reference, session.client, session.port, session.account
             entries: list[tuple[Any, ...]] = []
             facts: dict[int, tuple[int, str]] = {}
             settled: dict[tuple[str, str], None] = {}
-            written = ""
             for told in typed(record.get("entries", []), list):
                 at = milliseconds(told["at"])
-                written = written or json.dumps(session, separators=(",", ":"))
                 day = at // DAY_MS
-                known = self._pseudonyms.facts(day, written.encode())
+                known = self._pseudonyms.facts(day, session.written.encode())
                 if known not in self._facts and known not in facts:
-                    session_of({**session, "reference": reference, "port": port})  # what cannot be read is not written
-                    facts[known] = (day, written)
-                row = _entry_row(told, at, (reference, known, client, port, account), plain=plain)
+                    session_of(session.told)  # what cannot be read is not written
+                    facts[known] = (day, session.written)
+                row = _entry_row(told, at, known, about, plain=plain)
                 if typed(told.get("settles", False), bool):
-                    settled[reference, row[_MESSAGE]] = None
+                    settled[session.reference, row[_MESSAGE]] = None
                 entries.append(row)
             end = record.get("end")
             if end is not None:
-                rows.sessions.append(
-                    _session_row(session, typed(end, dict), (reference, client, port, account), plain=plain)
-                )
+                rows.sessions.append(_session_row(session.told, typed(end, dict), about, plain=plain))
         except DAMAGED:
             return None
         rows.entries.extend(entries)
         rows.facts.update(facts)
         rows.settled.update(settled)
         return [row[0] for row in entries]
+
+    def _session(self, told: dict[str, Any]) -> _Session:
+        """What a line says of its session; the next line is often of the same."""
+        last = self._last
+        if last is None or told != last.told:
+            without = {name: value for name, value in told.items() if name not in ("reference", "port")}
+            identity = told.get("identity")
+            last = self._last = _Session(
+                told,
+                _short(text(told["reference"]), 16),
+                packed(text(told["client"])),
+                number(told["port"]) & 0xFFFF,
+                _storable("" if identity is None else text(identity["account"]), _KEY_MAX),
+                json.dumps(without, separators=(",", ":")),
+            )
+        return last
 
     def _add(self, connection: Connection, rows: Rows) -> None:
         facts = [(known, *row) for known, row in rows.facts.items()]
@@ -381,10 +401,10 @@ def _backlog_id(directory: Path) -> str:
 
 
 def _entry_row(
-    told: dict[str, Any], at: int, session: tuple[str, int, bytes, int, str], *, plain: bool
+    told: dict[str, Any], at: int, facts: int, about: tuple[str, bytes, int, str], *, plain: bool
 ) -> tuple[Any, ...]:
     """In the order of the table's columns, without its id."""
-    reference, facts, client, port, account = session
+    reference, client, port, account = about
     get = told.get
     forward_path = get("forward_path")
     texts = [
