@@ -110,6 +110,18 @@ def test_nothing_would_change(place, capsys):
     assert "there is nothing in the journal of that time\n" in capsys.readouterr().out
 
 
+def test_an_empty_journal_does_not_say_that_nothing_would_change(place, capsys):
+    Path("other.toml").write_text(CONFIG.replace('"data"', '"never-used"'))
+    said = "/never-used/journal/journal.sqlite is empty, so that nothing can be told; --journal-of names"
+    assert cli.main(["replay", "--config", "new.toml", "--journal-of", "other.toml"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert said in told.err
+    assert cli.main(["replay", "--config", "new.toml", "--journal-of", "other.toml", "--json"]) == 2
+    assert said in json.loads(capsys.readouterr().out)["problems"][0]
+    assert not Path("never-used").exists()
+
+
 def test_whose_journal_it_is(place, capsys, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     os.chdir(tmp_path / "elsewhere")

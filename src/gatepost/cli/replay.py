@@ -60,6 +60,12 @@ def replay(
     owner = _journal_of(journal_of, new)
     limit = max(limit, 0)
     with records.journal(owner) as journal:
+        if journal.kept_since() is None:
+            # Not "nothing would change": it may be another gate's data directory.
+            raise GatepostError(
+                f"the journal in {journal.name} is empty, so that nothing can be told; --journal-of names the "
+                "configuration of the gate whose journal it is"
+            )
         total = journal.count_between(begin, end)
         with _progress(total, quiet=as_json) as progress:
             verdicts = journal.verdicts(begin, end)
