@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -193,39 +193,28 @@ def _console_main(options: argparse.Namespace) -> int:
     loaded = config.load(octets, options.path)
     metrics = Metrics(map_memory(options.metrics, writable=False), 0)
     board = StatusBoard(map_memory(options.board, writable=False))
-    app = server.application(metrics, board, __version__, _answers(loaded, octets), Login.in_data(loaded.data))
+    answers = _answers(loaded, octets)
+    app = server.application(metrics, board, __version__, answers, lambda: Login.in_data(loaded.data))
     asyncio.run(server.serve(app, socket.socket(fileno=options.socket), socket.socket(fileno=options.lifeline)))
-    return 0
+    # Who asked has been told.  A thread that looks for an answer still must not keep the next console waiting.
+    os._exit(0)
 
 
 def _answers(loaded: Config, octets: bytes) -> Answers:
     """What the console's pages ask, of the configuration in force."""
-    from gatepost.answers import described, proof, refused, tried
+    from gatepost.answers import described, explained, proof, tried
     from gatepost.console.pages import Answers
-
-    def explain(asked: Mapping[str, str]) -> dict[str, Any]:
-        if "reference" in asked:
-            return refused.by_reference(loaded, asked["reference"])
-        missing = [name for name in ("client", "reverse_path", "forward_path") if name not in asked]
-        if missing:
-            raise GatepostError(f"say which reference, or describe a message: {' and '.join(missing)} missing")
-        known = {name: asked[name] for name in described.Question._fields if name in asked}
-        return described.answer(loaded, described.Question(**known))
 
     def selftest(listeners: list[Any]) -> dict[str, Any]:
         return tried.as_object(asyncio.run(tried.compared(loaded.gate, listeners, lambda _: None)))
 
-    def in_words(answer: dict[str, Any]) -> list[tuple[str, str]]:
-        if "found" not in answer:
-            return described.lines(answer)
-        return refused.lines(answer) if answer["found"] else []
-
     return Answers(
-        explain=explain,
+        explain=lambda asked: explained.answer(loaded, asked),
+        in_words=explained.lines,
         proof=lambda: proof.answer(octets, loaded.config_path).told,
         selftest=selftest,
-        in_words=in_words,
         names=frozenset({loaded.gate.name}),
+        tls_versions=described.TLS_VERSIONS,
         now_s=lambda: datetime.now(UTC).timestamp(),
     )
 

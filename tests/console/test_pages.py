@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import http.client
 import json
+import os
 import re
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
 
+from gatepost.answers import proof
+from gatepost.config import sentences
 from gatepost.console import pages as pages_module
 from gatepost.console.login import COOKIE_S, LINK_S, Login
 from gatepost.console.pages import Answers
@@ -23,43 +28,32 @@ from gatepost.telemetry import Metrics, StatusBoard
 
 NOW_S = 1_800_000_000.0
 HOSTILE = "<script>alert(1)</script>\"'&\u202e"
-PROOF = {
-    "proven": True,
-    "decisions": 79,
-    "clients": 4,
-    "reverse_paths": 2,
-    "forward_paths": 23,
-    "openings": [],
-    "dialogue": None,
-}
-TOLD: dict[str, Any] = {
-    "config": "gatepost.toml",
-    "valid": True,
-    "problems": [],
-    "warnings": [HOSTILE],
-    "local": [{"pattern": "example.com", "where": "g:1"}],
-    "trust": [{"sentence": HOSTILE, "where": "g:2"}],
-    "deny": [],
-    "watched": [],
-    "proof": PROOF,
-}
-OPEN: dict[str, Any] = {
-    "config": "gatepost.toml",
-    "valid": False,
-    "problems": ["g:2: this would be an open relay"],
-    "proof": PROOF
-    | {
-        "proven": False,
-        "openings": [{"rule": "network", "where": "g:2", "sentence": "a stranger sends anywhere"}],
-        "dialogue": {
-            "client": "1.0.0.1",
-            "listen": "mx",
-            "where": "g:1",
-            "tls": "",
-            "exchanges": [{"command": "", "reply": "220 mx"}, {"command": "RCPT TO:<a@b>", "reply": "250 OK"}],
-        },
-    },
-}
+NOTHING_TRUSTED = b"""\
+[gate]
+name = "mx.example.com"
+data = "data"
+[[listen]]
+name = "mx"
+address = "127.0.0.1:25"
+[domains]
+local = ["example.com"]
+[backend.mailbox]
+address = "embedded:"
+"""
+EVERYBODY_TRUSTED = (
+    NOTHING_TRUSTED
+    + b"""
+[[trust]]
+network = "0.0.0.0/0"
+why = "a trial"
+owner = "it@example.com"
+"""
+)
+
+
+def told(octets: bytes) -> dict[str, Any]:
+    """What `gatepost check` says of this configuration."""
+    return proof.answer(octets, "gatepost.toml").told
 
 
 class Said(NamedTuple):
@@ -75,7 +69,11 @@ class Pages:
         self.login = Login(b"k" * 32)
         self.asked: list[Any] = []
         self.explained: dict[str, Any] = {"verdict": "refuse", "reply": f"550 {HOSTILE}"}
-        self.proof: dict[str, Any] = TOLD
+        self.proof = told(NOTHING_TRUSTED)
+        self.proof["warnings"] = [HOSTILE]
+        self.proof["trust"] = [{"sentence": HOSTILE, "where": "g:2"}]
+        self.key_problem = ""
+        self.began = threading.Event()
         self.held = threading.Event()
         self.held.set()
         answers = Answers(
@@ -84,6 +82,7 @@ class Pages:
             selftest=self._selftest,
             in_words=lambda told: [("client", told.get("reply", ""))],
             names=frozenset({"mx.example.com"}),
+            tls_versions=("1.2", "1.3"),
             now_s=lambda: NOW_S,
         )
         memory = memoryview(bytearray(Metrics.size_octets(1)))
@@ -92,7 +91,7 @@ class Pages:
         StatusBoard(board).write(
             {"serving": True, "listeners": [{"name": "mx", "address": "127.0.0.1:25"}], "workers": []}
         )
-        app = application(Metrics(memory, 0), StatusBoard(board), "1.2.3", answers, self.login)
+        app = application(Metrics(memory, 0), StatusBoard(board), "1.2.3", answers, self._opened)
         sock = bind_one("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
         self._lifeline, theirs = socket.socketpair()
@@ -100,8 +99,14 @@ class Pages:
         self._sockets = (sock, theirs)
         self._thread.start()
 
+    def _opened(self) -> Login:
+        if self.key_problem:
+            raise StorageError(self.key_problem)
+        return self.login
+
     def _explain(self, asked: Any) -> dict[str, Any]:
         self.asked.append(dict(asked))
+        self.began.set()
         assert self.held.wait(60)
         if asked.get("client") == "x":
             raise GatepostError('--client "x": this is not an IP address')
@@ -109,6 +114,8 @@ class Pages:
 
     def _selftest(self, listeners: list[Any]) -> dict[str, Any]:
         self.asked.append(listeners)
+        self.began.set()
+        assert self.held.wait(60)
         one = {
             "listen": "mx",
             "address": "127.0.0.1:25",
@@ -118,9 +125,13 @@ class Pages:
         }
         return {"outcome": "disagrees", "listeners": [one]}
 
+    def end(self) -> None:
+        """As the supervisor does it: for another configuration, or for good."""
+        self._lifeline.close()
+
     def close(self) -> None:
         self.held.set()
-        self._lifeline.close()
+        self.end()
         self._thread.join(30)
         for sock in self._sockets:
             sock.close()
@@ -246,7 +257,8 @@ def test_nothing_is_loaded_from_elsewhere_kept_or_framed(pages, path):
     assert "frame-ancestors 'none'" in policy
     assert "script-src" not in policy
     assert said.headers["cache-control"] == "no-store"
-    assert said.headers["referrer-policy"] == "no-referrer"
+    # With "no-referrer" a browser says "Origin: null" where our own form is sent.
+    assert said.headers["referrer-policy"] == "same-origin"
     assert not re.search(r"(?:src|href)=\"(?!/)", said.text)
     assert pages.ask("/style.css", cookie=None).headers["content-type"].startswith("text/css")
 
@@ -268,54 +280,179 @@ def test_explain_asks_what_was_typed_and_shows_it_again(pages):
     assert pages.ask(f"/explain?reference={'x' * 9000}").status == 414
 
 
+def test_a_link_to_an_answer_can_be_sent_to_a_colleague(pages):
+    """Where a page of another site leads here no cookie comes along, and our own page leads on."""
+    said = pages.ask("/explain?reference=K7Q2M9XD-1&x=%22%3E%3Cb%3E", cookie=None)
+    assert said.status == 401
+    assert '<a href="/explain?reference=K7Q2M9XD-1&amp;x=%22%3E%3Cb%3E">show the page</a>' in said.text
+    assert "show the page" not in pages.ask("//evil.example/", cookie=None).text
+
+
+def test_what_is_not_there(pages):
+    said = pages.ask("/nothing")
+    assert said.status == 404
+    assert "<h1>Not Found</h1>" in said.text
+    assert pages.ask("/nothing", cookie=None).status == 401
+    said = pages.ask("/api/nothing")
+    assert (said.status, json.loads(said.text)) == (404, {"problems": ["there is nothing here"]})
+    said = pages.ask("/proof", "POST", Sec_Fetch_Site="same-origin")
+    assert (said.status, said.headers["allow"]) == (405, "GET")
+
+
 def test_the_proof_or_the_dialogue(pages):
     assert "PROVEN: nobody else may send elsewhere" in pages.ask("/proof").text
-    pages.proof = OPEN
+    pages.proof = told(EVERYBODY_TRUSTED)
     said = pages.ask("/proof").text
     assert "OPEN RELAY" in said
-    assert "C: RCPT TO:&lt;a@b&gt;\nS: 250 OK\n" in said
     assert "gatepost.toml does not load" in said
+    (transcript,) = re.findall(r"<pre>(.*?)</pre>", said, re.DOTALL)
+    assert re.match(r"C: EHLO .*\nS: 250.*\nC: MAIL FROM:.*\nS: 250.*\nC: RCPT TO:&lt;.*&gt;\nS: 250.*\n$", transcript)
     assert "OPEN RELAY" in pages.ask("/").text
-    assert json.loads(pages.ask("/api/proof").text) == OPEN
+    assert json.loads(pages.ask("/api/proof").text) == pages.proof
+
+
+def test_the_proof_says_all_that_check_says(pages):
+    pages.proof = told(
+        NOTHING_TRUSTED
+        + b"""
+[[listen]]
+name = "submission"
+role = "submission"
+address = "127.0.0.1:587"
+[[send_as]]
+accounts = ["alice"]
+reverse_paths = ["sales@example.com"]
+why = "shared mailbox"
+[[deny]]
+helo = "evil.test"
+shadow = true
+"""
+    )
+    pages.proof["dialects"] = [{"name": "mailbox", "heading": "mailbox, asked today", "sentences": ["reads a%b as b"]}]
+    said = re.sub(r"<[^>]+>", "", pages.ask("/proof").text)
+    for words in (
+        "gatepost.toml is valid: mx.example.com",
+        "submission: 127.0.0.1:587, AUTH required",
+        "the accounts alice may send as sales@example.com: shared mailbox",
+        "refuses clients that call themselves evil.test",
+        "mailbox: embedded:",
+        "takes everything",
+        "mailbox, asked today: reads a%b as b",
+        *pages.proof["warnings"],
+    ):
+        assert html.escape(words, quote=False).replace("'", "&#39;").replace('"', "&#34;") in said
+        assert words in sentences.text(pages.proof) or "asked today" in words or "is valid" in words
+
+
+def test_what_a_backend_reads_otherwise_is_no_proof(pages):
+    form = {
+        "backend": "mailbox",
+        "form": "percent",
+        "closed": False,
+        "asked": "<a%b@example.com>",
+        "said": "250 OK",
+        "passing": ["10.0.0.0/8"],
+        "exchanges": [{"command": "RCPT TO:<a%b@example.com>", "reply": "250 OK"}],
+    }
+    pages.proof["proof"] |= {"proven": False, "backends": [form]}
+    for path in ("/", "/proof"):
+        assert "NOT PROVEN: strangers may send what a backend reads as another address" in pages.ask(path).text
+    said = pages.ask("/proof").text
+    assert "The form percent: OPEN AT THE GATE, open at the backend mailbox" in said
+    assert "C: RCPT TO:&lt;a%b@example.com&gt;\nS: 250 OK\n" in said
+    assert "Who may send it: 10.0.0.0/8" in said
 
 
 def test_a_self_test_is_told(pages):
-    assert json.loads(pages.ask("/api/selftest").text) == {"state": "unknown", "last": None}
+    assert json.loads(pages.ask("/api/selftest").text) == {"state": "unknown", "last": None, "last_at": None}
+    assert "none has told anything yet" in pages.ask("/").text
     said = pages.ask("/selftest", "POST", Sec_Fetch_Site="same-origin")
     assert "ALARM: the gate does not do what its rules say" in said.text
     assert pages.asked == [[{"name": "mx", "address": "127.0.0.1:25"}]]
-    assert json.loads(pages.ask("/api/selftest").text)["last"]["outcome"] == "disagrees"
-    assert "ALARM" in pages.ask("/selftest").text
+    kept = json.loads(pages.ask("/api/selftest").text)
+    assert (kept["last"]["outcome"], kept["last_at"]) == ("disagrees", "2027-01-15T08:00:00Z")
+    for path in ("/", "/selftest"):
+        said = pages.ask(path)
+        assert "ALARM" in said.text
+        assert "2027-01-15 08:00:00 UTC" in said.text
 
 
-def test_a_question_that_hangs_stops_nothing_else(pages, monkeypatch):
-    pages.held.clear()
-    hanging = threading.Thread(target=lambda: pages.ask("/api/explain?reference=x"))
-    hanging.start()
-    while not pages.asked:
-        pass
-    said = pages.ask("/api/explain?reference=y")
-    assert said.status == 503
-    assert "by somebody else just now" in said.text
-    assert pages.ask("/metrics").status == pages.ask("/proof").status == 200
-    pages.held.set()
-    hanging.join(60)
-    assert pages.ask("/api/explain?reference=z").status == 200
-
-
-def test_a_question_has_an_end(monkeypatch):
-    monkeypatch.setattr(pages_module, "ANSWER_S", 0.05)
+def test_a_question_that_hangs_stops_nothing_else(monkeypatch):
+    monkeypatch.setattr(pages_module, "EXPLANATIONS_MAX", 1)
+    monkeypatch.setattr(pages_module, "ANSWER_S", 0.2)
     pages = Pages()
     try:
         pages.held.clear()
         said = pages.ask("/api/explain?reference=x")
-        assert said.status == 422
-        assert "an explanation takes longer than 0.05 s" in said.text
+        assert (said.status, json.loads(said.text)) == (422, {"problems": ["an explanation takes longer than 0.2 s"]})
+        said = pages.ask("/api/explain?reference=y")
+        assert said.status == 503
+        assert "is being asked for by others just now" in said.text
+        assert pages.ask("/metrics").status == 200
+        pages.held.set()
+        while pages.ask("/api/explain?reference=z").status != 200:  # as soon as the one that hung is over
+            pass
+        assert {"reference": "y"} not in pages.asked, "nobody waits for it any more"
     finally:
         pages.close()
 
 
+def test_others_are_answered_while_one_waits(pages):
+    pages.held.clear()
+    with ThreadPoolExecutor(2) as browsers:
+        first = browsers.submit(pages.ask, "/api/explain?reference=x")
+        assert pages.began.wait(60)
+        assert pages.ask("/proof").status == pages.ask("/metrics").status == pages.ask("/selftest").status == 200
+        second = browsers.submit(pages.ask, "/api/explain?reference=y")
+        pages.held.set()
+        assert first.result(60).status == second.result(60).status == 200
+
+
+def test_one_self_test_at_a_time(pages):
+    pages.held.clear()
+    with ThreadPoolExecutor(1) as browser:
+        first = browser.submit(pages.ask, "/api/selftest", "POST", Sec_Fetch_Site="same-origin")
+        assert pages.began.wait(60)
+        assert pages.ask("/api/selftest", "POST", Sec_Fetch_Site="same-origin").status == 503
+        said = pages.ask("/selftest", "POST", Sec_Fetch_Site="same-origin")
+        assert "a self-test runs just now" in said.text
+        pages.held.set()
+        assert first.result(60).status == 200
+    assert len(pages.asked) == 1
+
+
+def test_who_waits_is_told_when_the_console_ends(pages):
+    pages.held.clear()
+    with ThreadPoolExecutor(1) as browser:
+        waiting = browser.submit(pages.ask, "/api/explain?reference=x")
+        assert pages.began.wait(60)
+        pages.end()
+        said = waiting.result(60)
+    assert (said.status, json.loads(said.text)) == (
+        503,
+        {"problems": ["the gate has another configuration or ends; ask again in a moment"]},
+    )
+
+
 # --- The key ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_cannot_be_used_closes_the_pages_alone(pages):
+    pages.key_problem = "cannot use the console's key console.key: it has not 32 octets; remove it"
+    for path in ("/", "/login?token=x"):
+        said = pages.ask(path)
+        assert said.status == 503
+        assert "it has not 32 octets; remove it" in said.text
+    assert pages.ask("/metrics").status == pages.ask("/healthz").status == pages.ask("/readyz").status == 200
+    pages.key_problem = ""
+    assert pages.ask("/").status == 200
+
+
+def test_another_key_ends_all_cookies_at_once(pages):
+    cookie = pages.login.cookie(NOW_S)
+    assert pages.ask("/", cookie=cookie).status == 200
+    pages.login = Login(b"x" * 32)
+    assert pages.ask("/", cookie=cookie).status == 401
 
 
 def test_the_key_is_made_once_for_its_owner_alone(tmp_path):
@@ -325,6 +462,10 @@ def test_the_key_is_made_once_for_its_owner_alone(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_bytes(b"short")
     with pytest.raises(StorageError, match=r"cannot use the console's key .*: it has not 32 octets; remove it"):
+        Login.in_data(str(tmp_path))
+    path.unlink()
+    os.mkfifo(path)  # whose reader would wait for ever
+    with pytest.raises(StorageError, match="it has not 32 octets"):
         Login.in_data(str(tmp_path))
     path.unlink()
     path.mkdir()

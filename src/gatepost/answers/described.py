@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from gatepost.answers import decided
 from gatepost.auth.accounts import account_name
@@ -17,6 +17,8 @@ from gatepost.smtp.path import PathDefect, parse_forward_path, parse_reverse_pat
 from gatepost.smtp.reply import Reply
 
 T = TypeVar("T")
+
+TLS_VERSIONS: Final = ("1.0", "1.1", "1.2", "1.3")
 
 
 class Question(NamedTuple):
@@ -47,6 +49,8 @@ def answer(loaded: Config, asked: Question) -> dict[str, Any]:
     gate = loaded.gate
     address = _address(asked.client)
     listener = _listener(gate, asked.listen)
+    if asked.tls and asked.tls not in TLS_VERSIONS:
+        raise GatepostError(f'--tls "{asked.tls}": there is no such version; write one of {", ".join(TLS_VERSIONS)}')
     told: dict[str, Any] = {
         "client": str(address),
         "listen": listener.name,

@@ -40,9 +40,11 @@ class Login:
         """
         path = Path(data) / "keys" / "console.key"
         try:
-            if not path.exists():
+            try:
+                key = _read(path)
+            except FileNotFoundError:
                 _make(path)
-            key = path.read_bytes()
+                key = _read(path)
         except OSError as error:
             raise StorageError(f"cannot use the console's key {path}: {error.strerror}") from error
         if len(key) != KEY_OCTETS:
@@ -76,15 +78,27 @@ class Login:
         return hmac.compare_digest(wanted.encode(), token.encode("utf-8", "replace")) and now_s < int(until)
 
 
+def _read(path: Path) -> bytes:
+    # What stands there may be a pipe, whose reader would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, KEY_OCTETS + 1)
+    finally:
+        os.close(descriptor)
+
+
 def _make(path: Path) -> None:
     """Whole or not at all; whoever is first wins."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, os.urandom(KEY_OCTETS))
+        try:
+            os.write(descriptor, os.urandom(KEY_OCTETS))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
     finally:
-        os.close(descriptor)
-    with contextlib.suppress(FileExistsError):
-        os.link(temporary, path)
-    temporary.unlink()
+        temporary.unlink()

@@ -41,12 +41,16 @@ CONNECTIONS_MAX = 100
 
 
 def application(
-    metrics: Metrics, board: StatusBoard, version: str, answers: Answers | None = None, login: Login | None = None
+    metrics: Metrics,
+    board: StatusBoard,
+    version: str,
+    answers: Answers | None = None,
+    opened: Callable[[], Login] | None = None,
 ) -> FastAPI:
     """The routes, over the memory that the supervisor shares with us.
 
     Args:
-        answers, login: for the pages; without them there are none.
+        answers, opened: for the pages, see there; without them there are none.
     """
     # The generated pages of API documentation load scripts from another host: there are none.
     app = FastAPI(title="Gatepost", version=version, docs_url=None, redoc_url=None, openapi_url=None)
@@ -84,8 +88,7 @@ def application(
         is_ready, body = ready()
         return JSONResponse(body, 200 if is_ready else 503)
 
-    if answers is not None and login is not None:
-        add_pages(app, answers, login, ready, version)
+    app.state.asking = [] if answers is None or opened is None else add_pages(app, answers, opened, ready, version)
     return app
 
 
@@ -111,6 +114,8 @@ async def serve(app: FastAPI, sock: socket.socket, lifeline: socket.socket) -> N
         lifeline.setblocking(False)
         with contextlib.suppress(OSError):
             await asyncio.get_running_loop().sock_recv(lifeline, 1)
+        for asking in app.state.asking:
+            asking.end()
         server.should_exit = True
 
     async with asyncio.TaskGroup() as group:
