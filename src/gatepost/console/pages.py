@@ -318,7 +318,10 @@ _OPEN: Final = frozenset({"/metrics", "/healthz", "/readyz"})
 
 def _ours(host: str, names: frozenset[str]) -> bool:
     """Whether a browser that names this host means us: an address, localhost, or a name of this gate's own."""
-    name = urlsplit(f"//{host}").hostname if host and not any(c in host for c in "/?#@\\") else None
+    try:
+        name = urlsplit(f"//{host}").hostname if host and not any(c in host for c in "/?#@\\") else None
+    except ValueError:  # brackets that hold no address
+        return False
     if name is None:
         return False
     try:
@@ -334,4 +337,4 @@ def _from_here(request: Request) -> bool:
     if site is not None:
         return site == "same-origin"
     origin = request.headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc == request.headers.get("host", "")
+    return origin is not None and origin.partition("://")[2] == request.headers.get("host", "")

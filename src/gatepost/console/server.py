@@ -55,13 +55,6 @@ def application(
     # The generated pages of API documentation load scripts from another host: there are none.
     app = FastAPI(title="Gatepost", version=version, docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.middleware("http")
-    async def headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        for name, value in _HEADERS.items():
-            response.headers.setdefault(name, value)  # the pages' own policy lets their style sheet in
-        return response
-
     @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics_text() -> Response:
         return Response(exposition(metrics, version), media_type=CONTENT_TYPE)
@@ -89,6 +82,15 @@ def application(
         return JSONResponse(body, 200 if is_ready else 503)
 
     app.state.asking = [] if answers is None or opened is None else add_pages(app, answers, opened, ready, version)
+
+    # Put on last, so that it stands outermost: what the pages refuse has these as well.
+    @app.middleware("http")
+    async def headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)  # the pages' own policy lets their style sheet in
+        return response
+
     return app
 
 
