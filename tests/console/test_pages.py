@@ -178,6 +178,18 @@ def test_nothing_without_a_link(pages, path):
     assert pages.ask(path, cookie=pages.login.cookie(NOW_S - COOKIE_S)).status == 401
 
 
+@pytest.mark.parametrize(
+    ("status", "method", "headers"),
+    [(401, "GET", {"cookie": None}), (403, "POST", {}), (421, "GET", {"Host": "evil.example"})],
+)
+def test_what_is_refused_is_not_kept_either(pages, status, method, headers):
+    said = pages.ask("/selftest", method, **headers)
+    assert said.status == status
+    assert said.headers["cache-control"] == "no-store"
+    assert said.headers["x-content-type-options"] == "nosniff"
+    assert "style-src 'self'" in said.headers["content-security-policy"]
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz"])
 def test_health_needs_no_link(pages, path):
     assert pages.ask(path, cookie=None).status == 200
@@ -217,6 +229,9 @@ def test_no_other_token_opens(pages):
         ("localhost.evil.example:8025", 421),
         ("127.0.0.1.evil.example", 421),
         ("user@localhost", 421),
+        ("[", 421),
+        ("]", 421),
+        ("[x]", 421),
     ],
 )
 def test_a_name_that_is_not_ours_is_refused(pages, host, status):
@@ -231,6 +246,7 @@ def test_a_name_that_is_not_ours_is_refused(pages, host, status):
         ({}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Sec_Fetch_Site": "cross-site", "Origin": "http://127.0.0.1:{port}"}, 403),
     ],
 )
