@@ -44,7 +44,7 @@ HOMES = {
     "aiodns": "resolver", "pycares": "resolver", "dns": "resolver",
     "sqlalchemy": "store", "sqlite3": "store", "aiosqlite": "store", "asyncpg": "store",
     "lmdb": "counters", "valkey": "counters",
-    "fastapi": "console", "starlette": "console", "uvicorn": "console",
+    "starlette": "console", "uvicorn": "console",
     "OpenSSL": "gate", "argon2": "auth", "scramp": "auth", "joserfc": "auth", "anyldap": "auth",
 }  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_the_project_depends_on_what_it_imports_and_nothing_else() -> None:
     wanted = {modules.get(one, one) for one in declared}
     imported = {one.partition(".")[0] for module in MODULES for one in imports(module)}
     outside = {one for one in imported if one not in sys.stdlib_module_names and one != "gatepost"}
-    carried = {"starlette", "annotated_types", "pydantic_core", "anyio"}  # come with fastapi and pydantic
+    carried = {"annotated_types", "pydantic_core"}  # come with pydantic
     assert outside - carried == wanted
 
 
@@ -195,4 +195,4 @@ def test_a_worker_imports_neither_the_console_nor_the_command_line() -> None:
     program = "import sys, gatepost.gate.server; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert not loaded & {"fastapi", "starlette", "uvicorn", "cyclopts", "rich", "pydantic", "prometheus_client"}
+    assert not loaded & {"starlette", "uvicorn", "cyclopts", "rich", "pydantic", "prometheus_client"}

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -201,17 +201,37 @@ def _console_main(options: argparse.Namespace) -> int:
 
 
 def _answers(loaded: Config, octets: bytes) -> Answers:
-    """What the console's pages ask, of the configuration in force."""
-    from gatepost.answers import described, explained, proof, tried
+    """What the console's pages ask, of the configuration in force.
+
+    What answers is loaded when first it is asked: most consoles are asked for counts and health alone.
+    """
+    from gatepost.answers import described
     from gatepost.console.pages import Answers
 
+    def explain(asked: Mapping[str, str]) -> dict[str, Any]:
+        from gatepost.answers import explained
+
+        return explained.answer(loaded, asked)
+
+    def in_words(told: dict[str, Any]) -> list[tuple[str, str]]:
+        from gatepost.answers import explained
+
+        return explained.lines(told)
+
+    def proved() -> dict[str, Any]:
+        from gatepost.answers import proof
+
+        return proof.answer(octets, loaded.config_path).told
+
     def selftest(listeners: list[Any]) -> dict[str, Any]:
+        from gatepost.answers import tried
+
         return tried.as_object(asyncio.run(tried.compared(loaded.gate, listeners, lambda _: None)))
 
     return Answers(
-        explain=lambda asked: explained.answer(loaded, asked),
-        in_words=explained.lines,
-        proof=lambda: proof.answer(octets, loaded.config_path).told,
+        explain=explain,
+        in_words=in_words,
+        proof=proved,
         selftest=selftest,
         names=frozenset({loaded.gate.name}),
         tls_versions=described.TLS_VERSIONS,

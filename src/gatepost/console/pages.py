@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from gatepost.console.login import COOKIE, COOKIE_S, Login
 from gatepost.errors import Busy, GatepostError, StorageError
@@ -37,7 +39,7 @@ QUERY_OCTETS_MAX: Final = 8192
 POLICY: Final = "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 
 Answer = dict[str, Any]
-Page = Callable[..., Awaitable[Response]]
+Page = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class Asking:
 
 
 def add_pages(
-    app: FastAPI,
+    app: Starlette,
     answers: Answers,
     opened: Callable[[], Login],
     readiness: Callable[[], tuple[bool, Answer]],
@@ -139,10 +141,17 @@ def add_pages(
     nav: dict[str, str] = {}
     last: Answer = {"last": None, "last_at": None}  # self-test that was asked for here
 
+    def at(path: str, method: str = "GET") -> Callable[[Page], Page]:
+        def route(handler: Page) -> Page:
+            app.add_route(path, handler, methods=[method])
+            return handler
+
+        return route
+
     def shown(path: str, name: str) -> Callable[[Page], Page]:
         """A page of the navigation; all that there is to adding one."""
         nav[path] = name
-        return app.get(path)
+        return at(path)
 
     def page(name: str, status: int = 200, *, here: str = "", **values: Any) -> HTMLResponse:  # noqa: ANN401
         text = templates.get_template(name).render(version=version, nav=nav, here=here, **values)
@@ -153,7 +162,6 @@ def add_pages(
             return JSONResponse({"problems": [text]}, status)
         return page("message.html", status, title=title, text=text, again=again)
 
-    @app.middleware("http")
     async def guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         if request.url.path in _OPEN:
             return await call_next(request)
@@ -188,20 +196,23 @@ def add_pages(
             return refusal(request, 403, "Not from here", "this can be asked for by the console's own pages alone")
         return await call_next(request)
 
-    @app.exception_handler(HTTPException)
-    async def no_such_page(request: Request, error: HTTPException) -> Response:
+    async def no_such_page(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
         response = refusal(request, error.status_code, HTTPStatus(error.status_code).phrase, "there is nothing here")
         response.headers.update(error.headers or {})
         return response
 
-    @app.get("/style.css")
-    async def style_sheet() -> Response:
+    app.add_middleware(BaseHTTPMiddleware, dispatch=guarded)
+    app.add_exception_handler(HTTPException, no_such_page)
+
+    @at("/style.css")
+    async def style_sheet(_: Request) -> Response:
         return Response(style, media_type="text/css")
 
-    @app.get("/login")
-    async def enter(request: Request, token: str = "") -> Response:
+    @at("/login")
+    async def enter(request: Request) -> Response:
         login: Login = request.state.login
-        if not login.opens(token, answers.now_s()):
+        if not login.opens(request.query_params.get("token", ""), answers.now_s()):
             return refusal(
                 request, 401, "Who are you?", "this link is not good any more; `gatepost console` prints another one"
             )
@@ -227,7 +238,7 @@ def add_pages(
     # ---- pages
 
     @shown("/", "Overview")
-    async def overview() -> Response:
+    async def overview(_: Request) -> Response:
         ready, body = readiness()
         told, proof = None, None
         try:
@@ -259,7 +270,7 @@ def add_pages(
         )
 
     @shown("/proof", "Proof")
-    async def proof() -> Response:
+    async def proof(_: Request) -> Response:
         try:
             told = await proving.ask(answers.proof)
         except GatepostError as error:
@@ -271,11 +282,11 @@ def add_pages(
         return page("selftest.html", here="/selftest", state=body["selftest"], problem=problem, **last)
 
     @shown("/selftest", "Self-test")
-    async def selftest() -> Response:
+    async def selftest(_: Request) -> Response:
         return selftest_page()
 
-    @app.post("/selftest")
-    async def selftest_now() -> Response:
+    @at("/selftest", "POST")
+    async def selftest_now(_: Request) -> Response:
         try:
             await tested()
         except GatepostError as error:
@@ -292,21 +303,21 @@ def add_pages(
         except GatepostError as error:
             return JSONResponse({"problems": str(error).split("\n")}, 422)
 
-    @app.get("/api/explain")
+    @at("/api/explain")
     async def explain_json(request: Request) -> Response:
         return await as_json(explained(request))
 
-    @app.get("/api/proof")
-    async def proof_json() -> Response:
+    @at("/api/proof")
+    async def proof_json(_: Request) -> Response:
         return await as_json(proving.ask(answers.proof))
 
-    @app.get("/api/selftest")
-    async def selftest_json() -> Response:
-        _, body = readiness()
+    @at("/api/selftest")
+    async def selftest_json(_: Request) -> Response:
+        body = readiness()[1]
         return JSONResponse({"state": body["selftest"], **last})
 
-    @app.post("/api/selftest")
-    async def selftest_now_json() -> Response:
+    @at("/api/selftest", "POST")
+    async def selftest_now_json(_: Request) -> Response:
         return await as_json(tested())
 
     return [explaining, proving, testing]

@@ -14,8 +14,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from gatepost.console.exposition import CONTENT_TYPE, exposition
 from gatepost.console.login import Login
@@ -46,21 +48,18 @@ def application(
     version: str,
     answers: Answers | None = None,
     opened: Callable[[], Login] | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The routes, over the memory that the supervisor shares with us.
 
     Args:
         answers, opened: for the pages, see there; without them there are none.
     """
-    # The generated pages of API documentation load scripts from another host: there are none.
-    app = FastAPI(title="Gatepost", version=version, docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette()
 
-    @app.api_route("/metrics", methods=["GET", "HEAD"])
-    async def metrics_text() -> Response:
+    async def metrics_text(_: Request) -> Response:
         return Response(exposition(metrics, version), media_type=CONTENT_TYPE)
 
-    @app.api_route("/healthz", methods=["GET", "HEAD"])
-    async def healthz() -> Response:
+    async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "ok", "version": version})
 
     def ready() -> tuple[bool, dict[str, Any]]:
@@ -76,25 +75,27 @@ def application(
         )
         return readiness(board.read(), backends, suspended, selftest, journal)
 
-    @app.api_route("/readyz", methods=["GET", "HEAD"])
-    async def readyz() -> Response:
+    async def readyz(_: Request) -> Response:
         is_ready, body = ready()
         return JSONResponse(body, 200 if is_ready else 503)
 
+    app.add_route("/metrics", metrics_text)
+    app.add_route("/healthz", healthz)
+    app.add_route("/readyz", readyz)
     app.state.asking = [] if answers is None or opened is None else add_pages(app, answers, opened, ready, version)
 
-    # Put on last, so that it stands outermost: what the pages refuse has these as well.
-    @app.middleware("http")
     async def headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
         for name, value in _HEADERS.items():
             response.headers.setdefault(name, value)  # the pages' own policy lets their style sheet in
         return response
 
+    # Put on last, so that it stands outermost: what the pages refuse has these as well.
+    app.add_middleware(BaseHTTPMiddleware, dispatch=headers)
     return app
 
 
-async def serve(app: FastAPI, sock: socket.socket, lifeline: socket.socket) -> None:
+async def serve(app: Starlette, sock: socket.socket, lifeline: socket.socket) -> None:
     """Answer on this listening socket until the lifeline's other end is closed."""
     server = uvicorn.Server(
         uvicorn.Config(

@@ -24,13 +24,16 @@ from enum import Enum, unique
 from json import JSONEncoder
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import msgspec
+
 from gatepost.telemetry.batches import CLOSE_S, Batches
 
 BATCH_OCTETS = 64 << 10
 QUEUE_OCTETS_MAX = 4 << 20
 _COLUMNS = 100  # of a terminal that does not say
 
-_encode = JSONEncoder(separators=(",", ":"), check_circular=False).encode  # ensure_ascii: see Trust
+_plain = msgspec.json.Encoder().encode  # escapes what JSON demands, and nothing else
+_escaped = JSONEncoder(separators=(",", ":"), check_circular=False).encode  # ensure_ascii: see Trust
 
 
 class RecipientRecord(TypedDict):
@@ -160,9 +163,14 @@ def rfc3339(now_s: float) -> str:
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """JSON on one line, without its line end: printable ASCII, whatever stands in it.  RFC 8259."""
-    line = _encode(record)
-    # The one control character that JSON and ensure_ascii leave as it is.
-    return (line.replace("\x7f", "\\u007f") if "\x7f" in line else line).encode()
+    try:
+        line = _plain(record)
+    except UnicodeEncodeError:  # half a surrogate pair
+        line = _escaped(record).encode()
+    if not line.isascii():
+        line = _escaped(record).encode()
+    # The one control character that neither JSON nor ensure_ascii escapes.
+    return line.replace(b"\x7f", b"\\u007f") if b"\x7f" in line else line
 
 
 def _utc_s() -> float:
