@@ -160,6 +160,8 @@ DAMAGE = {
     "quoted-printable": f"{TOKEN[:20]}=\r\n{TOKEN[20:]}",
     "HTML": f"{TOKEN[:20]}&shy;<wbr>{TOKEN[20:]}",
     "HTML numbers": f"{TOKEN[:20]}&#8203;{TOKEN[20:]}<br>",
+    "HTML comments": f"{TOKEN[:20]}<!-- of a mail program -->{TOKEN[20:]}<br>",
+    "Outlook's conditions": f"<p>{TOKEN[:20]}<![if !mso]>{TOKEN[20:40]}<!--[endif]-->{TOKEN[40:]}",
     "bold": f"<b>{TOKEN[:20]}</b>{TOKEN[20:]}<br/>",
     "a dash from a word processor": TOKEN.replace("-", "\u2010").replace("_", "_"),
 }

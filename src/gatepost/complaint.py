@@ -189,7 +189,7 @@ _QP_OCTETS: Final = re.compile(r"(?:=[0-9A-F]{2})++")
 _HTML_EVIDENCE: Final = re.compile(
     r"(?i)<(?:html|body|div|p|br|span|pre|blockquote|table|font|tt|code)[\s/>]|&(?:lt|gt|amp|nbsp|quot|shy|#[0-9x]++);"
 )
-_TAG: Final = re.compile(r"<(?:!--[^<>]{0,2000}+--|/?([A-Za-z][A-Za-z0-9:]{0,20}+)(?:\s[^<>]{0,2000}+)?/?)>")
+_TAG: Final = re.compile(r"<(?:![^<>]{0,2000}+|/?([A-Za-z][A-Za-z0-9:]{0,20}+)(?:\s[^<>]{0,2000}+)?/?)>")
 _LINE_TAGS: Final = frozenset(
     ("br", "p", "div", "tr", "li", "ul", "table", "blockquote", "pre", "hr", "h1", "h2", "h3", "body", "html", "head")
 )
