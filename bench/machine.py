@@ -21,9 +21,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STOP_TIMEOUT_S = 10.0
+PACE_LOOPS = 400_000  # some 12 ms
 
 
 class Failed(Exception):
@@ -238,6 +240,60 @@ def busy_s() -> float:
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     return (user + nice + system + irq + softirq + steal) / TICKS_PER_S
+
+
+def _spin(loops: int) -> int:
+    total = 0
+    for number in range(loops):
+        total += number & 7
+    return total
+
+
+def _spin_on(cpu: int, writer: int) -> NoReturn:
+    """In a child: writes how long the loop took, and ends whatever happens."""
+    try:
+        os.sched_setaffinity(0, {cpu})
+        _spin(PACE_LOOPS // 8)
+        began = time.process_time()
+        _spin(PACE_LOOPS)
+        os.write(writer, repr(time.process_time() - began).encode())
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def pace_s() -> float:
+    """CPU seconds of a fixed loop, on every CPU at once that we may use; the slowest counts.
+
+    A virtual machine's CPU may be one of two threads of a core: while a neighbour's work runs on the other, the same
+    instructions take up to twice as long, and nothing that the kernel counts shows it.
+    """
+    children: dict[int, int] = {}  # the reading end of its pipe by process
+    told = []
+    # A handler that raised in a child, before its own try, would run the benchmark a second time.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        for cpu in sorted(os.sched_getaffinity(0)):
+            reader, writer = os.pipe()
+            try:
+                child = os.fork()
+                if child == 0:
+                    _spin_on(cpu, writer)
+                children[child] = reader
+            except OSError as error:
+                os.close(reader)
+                raise Failed(f"the machine's pace cannot be taken: {error}") from None
+            finally:
+                os.close(writer)
+    finally:
+        for child, reader in children.items():
+            with os.fdopen(reader, "rb") as pipe:
+                told.append(pipe.read())
+            os.waitpid(child, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    if not all(told):
+        raise Failed("the machine's pace cannot be taken: a process that took it died")
+    return max(float(took) for took in told)
 
 
 def cpus() -> int:

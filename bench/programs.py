@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 from bench import hotspots
 from bench.machine import Failed, Ports, Processes
+from bench.report import BARE
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL = "user@example.com"
@@ -514,6 +515,20 @@ class Aiosmtpd(Program):
         return [sys.executable, Path(__file__).with_name("aiosmtpd_proxy.py"), str(self.port), str(self.sink_port)]
 
 
+class Bare(Program):
+    """What Python itself costs here for a gate of this shape: see ``bare_proxy.py``."""
+
+    name = BARE
+    title = "a bare trial of the gate's shape (no log, no limits, no safety)"
+
+    @classmethod
+    def missing(cls) -> str:
+        return "" if importlib.util.find_spec("uvloop") else "uvloop is not installed"
+
+    def arguments(self) -> list[str | Path]:
+        return [sys.executable, Path(__file__).with_name("bare_proxy.py"), str(self.port), str(self.sink_port)]
+
+
 class Direct(Program):
     """No program at all: generator to sink, which shows that neither is the bottleneck."""
 
@@ -529,5 +544,5 @@ class Direct(Program):
         """There is nothing to start."""
 
 
-PEERS: tuple[type[Program], ...] = (PostfixProxy, HAProxy, PostfixLean, Postscreen, NginxMail, Aiosmtpd)
-PEERS_BY_DEFAULT = ("postfix", "haproxy")
+PEERS: tuple[type[Program], ...] = (PostfixProxy, HAProxy, PostfixLean, Postscreen, NginxMail, Aiosmtpd, Bare)
+PEERS_BY_DEFAULT = ("postfix", "haproxy", BARE)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
+
+from bench.calm import CALM
 
 GATE = "gatepost"
 EVERYTHING = "everything"  # with its journal
+BARE = "bare"  # what the machine's Python costs at the least
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Sample:
         cpu_s: CPU seconds of all the program's processes for 1,000 units.
         p50_ms, p99_ms: latency of a unit.
         others: share of the machine's CPU that went to neither program, generator nor sink: noise.
+        pace_s: of a fixed loop just before or just after, whichever was slower: a neighbour's noise.
+        tries: so often it was measured until it was calm; the calmest counts.
     """
 
     program: str
@@ -36,6 +41,8 @@ class Sample:
     p50_ms: float
     p99_ms: float
     others: float
+    pace_s: float = 0.0
+    tries: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class GrowthSample:
     round: int
     rate: float
     cpu_s: float
+    pace_s: float = 0.0
+    tries: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ GROWTH_TARGETS = {
 
 @dataclass(frozen=True)
 class Judgement:
-    """One target and what was measured."""
+    """One target and what was measured; ``bare``: the bare trial's own figure, None where it was not measured."""
 
     scenario: str
     what: str
@@ -144,6 +153,7 @@ class Judgement:
     bound: float
     met: bool
     at_least: bool
+    bare: float | None = None
 
 
 @dataclass
@@ -155,6 +165,7 @@ class Results:
     rounds: int
     seconds: float
     titles: dict[str, str]
+    best_pace_s: float = 0.0
     samples: list[Sample] = field(default_factory=list)
     idle: list[IdleSample] = field(default_factory=list)
     growth: list[GrowthSample] = field(default_factory=list)
@@ -178,21 +189,40 @@ class Results:
         ratios = [getattr(s, figure) / peers[s.round] for s in self.of(scenario, program) if peers.get(s.round)]
         return median(ratios) if ratios else None
 
+    def pace(self, sample: Sample | GrowthSample) -> float:
+        """How many times as long as in the run's best moment the fixed loop took beside it."""
+        return sample.pace_s / self.best_pace_s if self.best_pace_s else 1.0
+
+    def calm(self) -> dict[str, float]:
+        """How calm those samples were that count."""
+        samples: list[Sample | GrowthSample] = [*self.samples, *self.growth]
+        paces = [self.pace(sample) for sample in samples]
+        return {
+            "best_ms": self.best_pace_s * 1000,
+            "calm": CALM,
+            "worst": max(paces, default=1.0),
+            "samples": len(samples),
+            "again": sum(sample.tries > 1 for sample in samples),
+            "not_calm": sum(pace > CALM for pace in paces),
+        }
+
     def judgements(self) -> list[Judgement]:
         judged = []
         for target in (*TARGETS, *TARGETS_WITH_EVERYTHING):
             measured = self.ratio(target.scenario, target.figure, target.peer, target.program)
             if measured is not None:
-                judged.append(
-                    _judge(
-                        target.scenario,
-                        f"{FIGURES[target.figure]} over {self.titles[target.peer].split(',')[0]}"
-                        + (", everything on" if target.program == EVERYTHING else ""),
-                        measured,
-                        at_least=target.at_least,
-                        at_most=target.at_most,
-                    )
+                judgement = _judge(
+                    target.scenario,
+                    f"{FIGURES[target.figure]} over {self.titles[target.peer].split(',')[0]}"
+                    + (", everything on" if target.program == EVERYTHING else ""),
+                    measured,
+                    at_least=target.at_least,
+                    at_most=target.at_most,
                 )
+                if target.figure != "p99_ms":
+                    bare = self.ratio(target.scenario, target.figure, target.peer, BARE)
+                    judgement = replace(judgement, bare=bare)
+                judged.append(judgement)
         sessions = [s.session_kib for s in self.idle if s.program == GATE]
         if sessions:
             judged.append(_judge("idle", "KiB a session", median(sessions), at_most=IDLE_KIB_AT_MOST))
@@ -230,9 +260,10 @@ class Results:
             "accounting": self.accounting,
             "rounds": self.rounds,
             "seconds": self.seconds,
-            "samples": [asdict(s) for s in self.samples],
+            "pace": self.calm(),
+            "samples": [{**asdict(s), "pace": self.pace(s)} for s in self.samples],
             "idle": [asdict(s) for s in self.idle],
-            "growth": [asdict(s) for s in self.growth],
+            "growth": [{**asdict(s), "pace": self.pace(s)} for s in self.growth],
             "targets": [asdict(j) for j in self.judgements()],
             "missing": self.missing,
             "failures": self.failures,
@@ -288,12 +319,20 @@ def text(results: Results) -> str:
         f"{results.machine}; CPU by {results.accounting}.",
         f"Medians of {results.rounds} interleaved rounds of {results.seconds:g} s; ±: half of how far they lie apart.",
         "others: CPU of the machine that went to neither program, generator nor sink.",
-        "",
+        "pace: so many times as long as in the run's best moment a fixed loop took just before or after, at the worst.",
     ]
+    if results.samples or results.growth:
+        calm = results.calm()
+        out.append(
+            f"Of {calm['samples']} samples {calm['again']} were measured again; {calm['not_calm']} that count were not"
+            f" calm (pace over {calm['calm']:g}, the worst {calm['worst']:.2f}; best moment {calm['best_ms']:.1f} ms)."
+        )
+    out.append("")
     for scenario in results.scenarios():
         unit = "MiB/s" if scenario == "accept-large" else "units/s"
         peers = [p for p in results.programs(scenario) if p not in {GATE, "direct"}]
-        rows = [[scenario, unit, "CPU s for 1,000", "p50 ms", "p99 ms", "gate / it: rate", "CPU", "p99", "others"]]
+        rows = [[scenario, unit, "CPU s for 1,000", "p50 ms", "p99 ms"]]
+        rows[0] += ["gate / it: rate", "CPU", "p99", "others", "pace"]
         for program in results.programs(scenario):
             samples = results.of(scenario, program)
             ratios = ["", "", ""]
@@ -311,6 +350,7 @@ def text(results: Results) -> str:
                     number(median(s.p99_ms for s in samples)),
                     *ratios,
                     f"{median(s.others for s in samples):.0%}",
+                    f"{max(results.pace(s) for s in samples):.2f}",
                 ]
             )
         out += [*table(rows), ""]
@@ -328,15 +368,22 @@ def text(results: Results) -> str:
             )
         out += [*table(rows), ""]
     for row in dict.fromkeys(s.row for s in results.growth):
-        rows = [[f"growth: {row}", "messages/s", "CPU s for 1,000"]]
-        rows += [[step, number(rate), number(cpu)] for step, (rate, cpu) in results.growth_medians(row).items()]
+        rows = [[f"growth: {row}", "messages/s", "CPU s for 1,000", "pace"]]
+        for step, (rate, cpu) in results.growth_medians(row).items():
+            worst = max(results.pace(s) for s in results.growth if (s.row, s.step) == (row, step))
+            rows.append([step, number(rate), number(cpu), f"{worst:.2f}"])
         out += [*table(rows), ""]
     judged = results.judgements()
     if judged:
         rows = [["target", "scenario", "measured", "wanted", "met"]]
+        has_bare = any(j.bare is not None for j in judged)
+        if has_bare:
+            rows[0].append("bare trial")
         for j in judged:
             wanted = f"{'≥' if j.at_least else '≤'} {j.bound:g}"
             rows.append([j.what, j.scenario, number(j.measured), wanted, "yes" if j.met else "NO"])
+            if has_bare:
+                rows[-1].append("" if j.bare is None else number(j.bare))
         out += [*table(rows), ""]
     out += [f"not measured: {results.titles.get(name, name)}: {why}" for name, why in results.missing.items()]
     out += results.notes

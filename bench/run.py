@@ -20,12 +20,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import hotspots, machine, programs, report
+from bench.calm import Calm
 from bench.ends import Held, LoadResult, Sink, SinkCounts, raise_file_limit, run_load
 from bench.machine import Failed, Ports, Processes
 from bench.programs import (
@@ -78,6 +80,8 @@ class Bench:
         self.arguments = arguments
         self.directory = directory
         self.ports = Ports()
+        self.progress("looking how fast the machine is")
+        self.calm = Calm(patient=not arguments.no_calm)
         self.sink = Sink(self.ports.free())
         self.running: list[Program] = []
         kinds: tuple[type[Program], ...] = (Gatepost, GatepostEverything, GatepostBaseline, *programs.PEERS, Direct)
@@ -191,8 +195,10 @@ class Bench:
                 for program in beside:
                     self.progress(f"{scenario.name}: round {number + 1} of {self.arguments.rounds}, {program.title}")
                     with self.attempting(f"{scenario.name}, {program.title}"):
-                        sample = self.measure(program, scenario, scenario.sessions, self.arguments.seconds)
-                        self.results.samples.append(replace(sample, round=number))
+                        measure = partial(self.measure, program, scenario, scenario.sessions, self.arguments.seconds)
+                        taken = self.calm.take(measure)
+                        sample = replace(taken.result, round=number, pace_s=taken.pace_s, tries=taken.tries)
+                        self.results.samples.append(sample)
                     time.sleep(0.2)
         for program in beside:
             self.stop(program)
@@ -277,13 +283,21 @@ class Bench:
             for row, step, program, sessions in rows:
                 self.progress(f"growth: round {number + 1} of {self.arguments.rounds}, {row}: {step}")
                 with self.attempting(f"growth, {row}: {step}"):
-                    # Others ran since: what a pause costs is not growth.
-                    self.measure(program, fresh, sessions, program.warm_up_s)
-                    sample = self.measure(program, fresh, sessions, self.arguments.seconds)
-                    self.results.growth.append(report.GrowthSample(row, step, number, sample.rate, sample.cpu_s))
+                    taken = self.calm.take(partial(self._warm, program, fresh, sessions))
+                    sample = taken.result
+                    self.results.growth.append(
+                        report.GrowthSample(
+                            row, step, number, sample.rate, sample.cpu_s, pace_s=taken.pace_s, tries=taken.tries
+                        )
+                    )
                 time.sleep(0.2)
         for program in (gate, large, single):
             self.stop(program)
+
+    def _warm(self, program: Program, scenario: Scenario, sessions: int) -> report.Sample:
+        """Others ran since: what a pause costs is not growth."""
+        self.measure(program, scenario, sessions, program.warm_up_s)
+        return self.measure(program, scenario, sessions, self.arguments.seconds)
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -300,6 +314,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-everything", action="store_true", help="leave out the gate with its journal")
     parser.add_argument("--no-direct", action="store_true", help="leave out the row straight into the sink")
     parser.add_argument("--pipelining", action="store_true", help="the clients send MAIL, RCPT and DATA in one segment")
+    parser.add_argument(
+        "--no-calm", action="store_true", help="take each sample as it comes, however slow the machine is meanwhile"
+    )
     parser.add_argument("--profile", action="store_true", help="afterwards, where the gate's CPU goes, by function")
     parser.add_argument("--baseline", metavar="SRC", help="the src directory of another version, as one more peer")
     parser.add_argument("--json", action="store_true", help="every sample, ratio and target as one JSON object")
@@ -366,6 +383,7 @@ def main() -> int:
                 if "growth" in options.scenarios and not options.no_gate:
                     bench.growth()
                 bench.results.accounting = Processes.accounting()
+                bench.results.best_pace_s = bench.calm.best_s
             finally:
                 bench.stop_all()
                 bench.progress("")
