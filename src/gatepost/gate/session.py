@@ -75,7 +75,10 @@ TRANSACTIONS_LOGGED = 100  # in one line; a longer session gets several lines
 LOGINS_LOGGED = 10  # the last of a session
 REPLIES_UNSENT = 100  # replies are collected while the client pipelines, but no more than so many
 
+_NOTHING: Final[frozenset[str]] = frozenset()
 _NAMELESS: Final = frozenset({NAMELESS})
+_AUTH: Final = frozenset({"AUTH"})
+_XCLIENT: Final = frozenset({"XCLIENT"})
 
 _OK = Reply(250, "OK", "2.0.0")
 _RESET = Reply(250, "Forgotten", "2.0.0")
@@ -225,23 +228,33 @@ class Session:
         """
         grants = self._in_force()
         # A device that somebody named here, or that stands inside, need not know its own name.
-        named = self.facts.role == "inside" or any(entry.network is not None or entry.host for entry in grants)
-        self._lax = _NAMELESS if named else frozenset()
+        named = self.facts.role == "inside" or (
+            bool(grants) and any(entry.network is not None or entry.host for entry in grants)
+        )
+        self._lax = _NAMELESS if named else _NOTHING
         # Before EHLO nothing is offered, but these verbs have a place in the dialogue, and are told so.
-        early = {"AUTH"} if self.listener.takes_logins(tls=tls) else set()
-        early |= {"XCLIENT"} if self._is_front else set()
-        self.connection.reader = engine = ServerEngine(self._lax.union(early), self._content_limits(grants))
+        offered = self._lax
+        if self.listener.takes_logins(tls=tls):
+            offered |= _AUTH
+        if self._is_front:
+            offered |= _XCLIENT
+        self.connection.reader = engine = ServerEngine(offered, self._content_limits(grants))
         return engine
 
     def _content_limits(self, grants: list[TrustEntry]) -> ContentLimits:
         """How this client may end its lines: as its listener says, or one of the grants that cover it."""
-        spellings = {self.listener.settings.bare_newlines, *(entry.bare_newlines for entry in grants)}
-        return self.server.content_limits["normalise" in spellings]
+        normalise = self.listener.settings.bare_newlines == "normalise"
+        if grants and not normalise:
+            normalise = any(entry.bare_newlines == "normalise" for entry in grants)
+        return self.server.content_limits[normalise]
 
     def _in_force(self) -> list[TrustEntry]:
         """The grants that cover this client and have not expired."""
+        granted = self._granted()
+        if not granted:  # a stranger's way, at the beginning of every session
+            return granted
         now = time.time()  # noqa: TID251
-        return [entry for entry in self._granted() if not relay.expired(entry, now)]
+        return [entry for entry in granted if not relay.expired(entry, now)]
 
     def _granted(self) -> list[TrustEntry]:
         """The grants that cover this client; what it shows is watched where they trust its address or its listener."""
