@@ -19,6 +19,7 @@ from sqlalchemy import func, select, text
 from tests.store.places import NOON_S, Place, entry, record, refused, session, taken_over
 
 from gatepost.errors import StorageError
+from gatepost.facts import Identity
 from gatepost.smtp.path import Mailbox
 from gatepost.store import writer as writer_module
 from gatepost.store.backlog import backlog_directory
@@ -28,6 +29,7 @@ from gatepost.store.record import DELIVERING, End, Record, encode
 from gatepost.store.schema import BACKLOGS, ENTRIES, FACTS, METADATA, REVISIONS, SESSIONS
 from gatepost.store.settings import DAY_S
 from gatepost.store.writer import TIDY_ROWS
+from gatepost.verdict import Finding, Result
 
 PATIENCE_S = 30.0
 
@@ -85,7 +87,8 @@ def test_facts_that_differ_are_kept_once_each_and_day(place):
     assert counted(place) == {"entries": 24, "sessions": 0, "facts": 8}
 
 
-def test_a_line_that_is_not_what_it_should_be_costs_itself_alone(place):
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])  # as a worker writes it, and any other JSON
+def test_a_line_that_is_not_what_it_should_be_costs_itself_alone(place, separators):
     place.wait(record([entry(message="K7Q2M9XD.1")]))
     good = json.loads(encode(record([entry()], ended=True)))
     lines = [b"", b"\0" * 100, b"{}", b"[" * 10_000]
@@ -94,7 +97,7 @@ def test_a_line_that_is_not_what_it_should_be_costs_itself_alone(place):
             if wrong == 5 and key in ("at", "number", "size"):
                 continue
             part[key] = wrong
-            lines.append(json.dumps(good).encode())
+            lines.append(json.dumps(good, separators=separators).encode())
             part[key] = right
     lines.append(b'{"schema":99}')
     with (backlog_directory(place.data) / "00000001.jsonl").open("ab") as file:
@@ -116,6 +119,28 @@ def test_whatever_a_stranger_says_is_text(place, hello):
     (kept,) = journal.search(Query(), 10)
     assert kept.session.hello == hello
     assert kept.entry.detail == hello[:600].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
+def test_a_line_becomes_the_same_rows_however_its_json_is_written(sqlite_place):
+    """A worker's own way is read on a way of its own."""
+    line = encode(
+        Record(
+            session(
+                identity=Identity("anna", "PLAIN", "accounts", "phone", ("anna@example.org",)), hosts=("a.example",)
+            ),
+            [entry(findings=(Finding("spf", Result.PASS, "mx"),)), refused("K7Q2M9XD-1"), entry(forward_path=None)],
+            End(NOON_S, NOON_S + 1, "quit", logins=({"account": "anna", "mechanism": "PLAIN", "verdict": "verified"},)),
+        )
+    )
+    told = json.loads(line)
+    backwards = json.dumps(told | {"session": dict(reversed(told["session"].items()))})
+    writer = sqlite_place.writer()
+    rows, step = writer._rows([line, json.dumps(told).encode(), line.replace(b'"anna"', b'"\\u0061nna"'), line])
+    assert step.records == 4
+    assert rows.entries == rows.entries[:3] * 4
+    assert rows.sessions == rows.sessions[:1] * 4
+    assert len(rows.facts) == 1
+    assert writer._rows([backwards.encode()])[0].sessions == rows.sessions[:1]
 
 
 def test_what_was_being_delivered_gives_way_to_what_became_of_it(place):

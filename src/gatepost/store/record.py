@@ -13,12 +13,16 @@ Sources: RFC 8259 (JSON), RFC 5321 §4.1.2 (paths).
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeVar
+from ipaddress import IPv4Address
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
+
+import msgspec
 
 from gatepost.errors import StorageError
-from gatepost.facts import Client, Identity, MailboxLogin, Session, client_address
+from gatepost.facts import Client, Identity, IPAddress, MailboxLogin, Session, client_address
 from gatepost.smtp.path import (
     ForwardPath,
     Mailbox,
@@ -116,106 +120,182 @@ class Record(NamedTuple):
     end: End | None = None
 
 
+# --- What a line holds ------------------------------------------------------------------------------------------------
+
+# Compiled code makes a line of these and a line into these, and finds what is of a wrong type or out of its bounds.
+
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]  # no greater than a database holds
+_Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=MILLISECONDS_MAX)]  # a point in time that a calendar has
+
+
+class IdentityLine(msgspec.Struct, gc=False):
+    """As ``facts.Identity``."""
+
+    account: str
+    mechanism: str
+    verifier: str
+    device: str
+    addresses: Sequence[str]
+
+
+class LoginLine(msgspec.Struct, gc=False):
+    """As ``facts.MailboxLogin``."""
+
+    account: str
+    at: _Milliseconds
+
+
+class SessionLine(msgspec.Struct, omit_defaults=True, gc=False):
+    """As ``facts.Session``."""
+
+    reference: str
+    client: str
+    port: _Number
+    listen: str
+    role: str
+    hello: str
+    esmtp: bool
+    tls: str = ""
+    identity: IdentityLine | None = None
+    hosts: Sequence[str] = ()
+    auth_required: bool = False
+    certificate: str = ""
+    mailbox_login: LoginLine | None = None
+    suspended: bool = False
+    listen_suspended: bool = False
+
+
+class EntryLine(msgspec.Struct, omit_defaults=True, gc=False):
+    """As ``Entry``.  shape: "" for a plain forward-path."""
+
+    at: _Milliseconds
+    number: _Number
+    stage: str
+    reverse_path: str
+    verdict: str
+    forward_path: str | None = None
+    shape: str = ""
+    reason: str = ""
+    reference: str = ""
+    by: str = ""
+    detail: str = ""
+    hint: str = ""
+    reply: str = ""
+    message: str = ""
+    message_id: str = ""
+    backend: str = ""
+    would: str = ""
+    recipients: _Number = 0
+    size: _Number = 0
+    settles: bool = False
+    findings: Sequence[Any] = ()
+    authors: Sequence[Any] = ()
+
+
+class EndLine(msgspec.Struct, omit_defaults=True, gc=False):
+    """As ``End``."""
+
+    started: _Milliseconds
+    ended: _Milliseconds
+    how: str
+    errors: _Number = 0
+    reply: str = ""
+    real_client: str = ""
+    logins: Sequence[Any] = ()
+
+
 # --- To a line --------------------------------------------------------------------------------------------------------
+
+_json = msgspec.json.Encoder().encode
 
 
 def encode(record: Record) -> bytes:
     """The line of a record, without its line end."""
-    line: dict[str, Any] = {"schema": SCHEMA, "session": session_object(record.session)}
+    line: dict[str, Any] = {"schema": SCHEMA, "session": _session_line(record.session)}
     if record.entries:
-        line["entries"] = [_entry_object(entry) for entry in record.entries]
-    end = record.end
-    if end is not None:
-        line["end"] = _end_object(end)
-    return json_line(line)
-
-
-def _end_object(end: End) -> dict[str, Any]:
-    told: dict[str, Any] = {"started": _ms(end.started), "ended": _ms(end.ended), "how": end.how}
-    if end.errors:
-        told["errors"] = end.errors
-    if end.reply:
-        told["reply"] = end.reply
-    if end.real_client:
-        told["real_client"] = end.real_client
-    if end.logins:
-        told["logins"] = end.logins
-    return told
+        line["entries"] = [_entry_line(entry) for entry in record.entries]
+    if record.end is not None:
+        started, ended, how, errors, reply, real_client, logins = record.end
+        line["end"] = EndLine(_ms(started), _ms(ended), how, errors, reply, real_client, logins)
+    try:
+        octets = _json(line)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return json_line(msgspec.to_builtins(line))
+    if not octets.isascii() or b"\x7f" in octets:
+        return json_line(msgspec.to_builtins(line))
+    return octets
 
 
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
 
 
-def session_object(session: Session) -> dict[str, Any]:
-    """The facts as JSON has them."""
-    address, port = session.client
-    facts: dict[str, Any] = {
-        "reference": session.reference,
-        "client": str(address),
-        "port": port,
-        "listen": session.listen,
-        "role": session.role,
-        "hello": session.hello,
-        "esmtp": session.esmtp,
-    }
-    if session.tls:
-        facts["tls"] = session.tls
-    if session.identity is not None:
-        facts["identity"] = session.identity._asdict()
-    if session.hosts:
-        facts["hosts"] = session.hosts
-    if session.auth_required:
-        facts["auth_required"] = True
-    if session.certificate:
-        facts["certificate"] = session.certificate
-    if session.mailbox_login is not None:
-        facts["mailbox_login"] = {"account": session.mailbox_login.account, "at": _ms(session.mailbox_login.at)}
-    if session.suspended:
-        facts["suspended"] = True
-    if session.listen_suspended:
-        facts["listen_suspended"] = True
-    return facts
+def _address_text(address: IPAddress) -> str:
+    return socket.inet_ntoa(address.packed) if isinstance(address, IPv4Address) else str(address)  # in half the time
 
+
+def _session_line(session: Session) -> SessionLine:
+    (
+        reference, (address, port), listen, role, hello, esmtp, tls, identity, hosts, auth_required, certificate, login,
+        suspended, listen_suspended,
+    ) = session  # fmt: skip
+    return SessionLine(
+        reference,
+        _address_text(address),
+        port,
+        listen,
+        role,
+        hello,
+        esmtp,
+        tls,
+        None if identity is None else IdentityLine(*identity),
+        hosts,
+        auth_required,
+        certificate,
+        None if login is None else LoginLine(login.account, _ms(login.at)),
+        suspended,
+        listen_suspended,
+    )
+
+
+def _entry_line(entry: Entry) -> EntryLine:
+    (
+        at, number, stage, reverse_path, forward_path, recipients, verdict, reason, reference, by, detail, hint, reply,
+        message, message_id, size, backend, would, settles, findings, authors,
+    ) = entry  # fmt: skip
+    return EntryLine(
+        _ms(at),
+        number,
+        stage,
+        str(reverse_path),
+        verdict,
+        None if forward_path is None else str(forward_path.mailbox),
+        "" if forward_path is None or forward_path.shape is Shape.PLAIN else forward_path.shape.value,
+        reason,
+        reference,
+        by,
+        detail,
+        hint,
+        reply,
+        message,
+        message_id,
+        backend,
+        would,
+        recipients,
+        size,
+        settles,
+        findings,
+        [str(author) for author in authors] if authors else (),
+    )
+
+
+# --- From a line ------------------------------------------------------------------------------------------------------
 
 # The members of an Entry that are texts, and are left out where they are empty.
 _TEXTS: Final = (
     "reason", "reference", "by", "detail", "hint", "reply", "message", "message_id", "backend", "would",
 )  # fmt: skip
-_TEXT_PLACES: Final = tuple((name, Entry._fields.index(name)) for name in _TEXTS)
-
-
-def _entry_object(entry: Entry) -> dict[str, Any]:
-    told: dict[str, Any] = {
-        "at": _ms(entry.at),
-        "number": entry.number,
-        "stage": entry.stage,
-        "reverse_path": str(entry.reverse_path),
-        "verdict": entry.verdict,
-    }
-    path = entry.forward_path
-    if path is not None:
-        told["forward_path"] = str(path)
-        if path.shape is not Shape.PLAIN:
-            told["shape"] = path.shape.value
-    for name, place in _TEXT_PLACES:
-        text = entry[place]
-        if text:
-            told[name] = text
-    if entry.recipients:
-        told["recipients"] = entry.recipients
-    if entry.size:
-        told["size"] = entry.size
-    if entry.settles:
-        told["settles"] = True
-    if entry.findings:
-        told["findings"] = [[found.check, found.result.value, found.evidence] for found in entry.findings]
-    if entry.authors:
-        told["authors"] = [str(author) for author in entry.authors]
-    return told
-
-
-# --- From a line ------------------------------------------------------------------------------------------------------
+_parsed = msgspec.json.Decoder().decode
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
@@ -225,7 +305,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
         StorageError: a newer version wrote it.
     """
     try:
-        record = json.loads(line)
+        record = _loaded(line)
         schema = typed(record["schema"], int)
     except DAMAGED:
         return None
@@ -235,6 +315,14 @@ def parse(line: bytes) -> dict[str, Any] | None:
             "ask that version"
         )
     return typed(record, dict)
+
+
+def _loaded(line: bytes) -> Any:  # noqa: ANN401  JSON
+    """Any JSON that the standard library takes: half a surrogate pair as well."""
+    try:
+        return _parsed(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return json.loads(line)
 
 
 def decode(line: bytes) -> Record | None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from sqlalchemy import Connection, Table, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -30,15 +32,13 @@ from gatepost.store.pseudonyms import Pseudonyms
 from gatepost.store.record import (
     DAMAGED,
     DELIVERING,
+    SCHEMA,
     STAGES,
     VERDICTS,
-    milliseconds,
-    number,
-    one_of,
+    EndLine,
+    EntryLine,
+    SessionLine,
     parse,
-    session_of,
-    text,
-    typed,
 )
 from gatepost.store.schema import BACKLOGS, ENTRIES, FACTS, SESSIONS, STATE
 from gatepost.store.segments import Position
@@ -51,6 +51,7 @@ CLOCK_BACK_MS: Final = 60_000
 _KEY_MAX: Final = 600  # letters of a text: an index of PostgreSQL takes 2,700 octets, and no path or reply is longer
 _PLAIN_OCTETS: Final = 2000  # a line with no more of them holds no text that is too long for one
 _FACTS_KNOWN: Final = 50_000
+_SESSIONS_KNOWN: Final = 4096
 _FACTS_SHARE: Final = 1.25  # of ``entries_max``: more rows than verdicts name are worth a look through all of them
 
 _UNTIL: Final = "pseudonymous until"
@@ -86,15 +87,31 @@ class Step(NamedTuple):
     clock_back_s: float = 0.0
 
 
-class _Session(NamedTuple):
-    """What a line says of its session; written: its facts as they are kept."""
+class _Told(msgspec.Struct, gc=False):
+    """One line, but for its session: whose facts are often known by their text alone."""
 
-    told: dict[str, Any]
-    reference: str
-    client: bytes
-    port: int
-    account: str
-    written: str
+    schema: int
+    session: msgspec.Raw
+    entries: list[EntryLine] = []
+    end: EndLine | None = None
+
+
+class _Known:
+    """What sessions say that have their facts in common.
+
+    Attributes:
+        written: the facts as they are kept: JSON, without the session's reference and the client's port.
+        day, id: the last day they were asked for, and their number on that day.
+    """
+
+    __slots__ = ("account", "client", "day", "id", "session", "written")
+
+    def __init__(self, session: SessionLine, written: bytes) -> None:
+        self.session = session
+        self.client = packed(session.client)
+        self.account = _storable("" if session.identity is None else session.identity.account, _KEY_MAX)
+        self.written = written
+        self.day = self.id = -1
 
 
 class Writer:
@@ -119,7 +136,7 @@ class Writer:
         self._facts: dict[int, None] = {}
         self._facts_rows = self._facts_least = 0  # about; as many as verdicts name
         self._latest_ms = 0
-        self._last: _Session | None = None
+        self._known: dict[bytes, _Known] = {}
         database.prepare()
         self._position = self._where_we_were()
 
@@ -184,12 +201,14 @@ class Writer:
         rows = Rows({}, [], [], {})
         records = damaged = newer = back_ms = 0
         for line in lines:
-            try:
-                record = parse(line)
-            except StorageError:
-                newer += 1
-                continue
-            entries = None if record is None else self._rows_of(record, line, rows)
+            entries = self._rows_of_plain(line, rows)
+            if entries is None:
+                try:
+                    record = parse(line)
+                except StorageError:
+                    newer += 1
+                    continue
+                entries = None if record is None else self._rows_of(record, line, rows)
             if entries is None:
                 damaged += 1
                 continue
@@ -201,56 +220,89 @@ class Writer:
                 self._latest_ms = max(self._latest_ms, at)
         return rows, Step(records, damaged, newer, clock_back_s=back_ms / 1000)
 
+    def _rows_of_plain(self, line: bytes, rows: Rows) -> list[int] | None:
+        """As ``_rows_of``, for a line as ``encode`` makes nearly all.
+
+        Returns:
+            None also where the line is none of these, and is to be looked at closely.
+        """
+        # Where nothing is escaped, nothing can be there that a database does not take.
+        if len(line) > _PLAIN_OCTETS or b"\\u" in line or not line.isascii():
+            return None
+        try:
+            told = _told(line)
+            session = bytes(told.session)
+            found = _SESSION(session)
+            if told.schema != SCHEMA or found is None:
+                return None
+            reference, client, port, rest = found.groups()
+            written = b"{%b,%b}" % (client, rest)
+            known = self._known.get(written) or self._remember(_session(session), written)
+            return self._add_rows(rows, reference.decode(), int(port), known, told.entries, told.end, plain=True)
+        except (msgspec.DecodeError, *DAMAGED):
+            return None
+
     def _rows_of(self, record: dict[str, Any], line: bytes, rows: Rows) -> list[int] | None:
         """Add what a line becomes.
 
         Returns:
             The times of its entries; None where it is not exactly what it should be, and then nothing was added.
         """
-        # JSON in ASCII: where nothing is escaped, nothing can be there that a database does not take.
         plain = len(line) <= _PLAIN_OCTETS and b"\\u" not in line
         try:
-            session = self._session(typed(record["session"], dict))
-            about = session.reference, session.client, session.port, session.account
-            entries: list[tuple[Any, ...]] = []
-            facts: dict[int, tuple[int, str]] = {}
-            settled: dict[tuple[str, str], None] = {}
-            for told in typed(record.get("entries", []), list):
-                at = milliseconds(told["at"])
-                day = at // DAY_MS
-                known = self._pseudonyms.facts(day, session.written.encode())
-                if known not in self._facts and known not in facts:
-                    session_of(session.told)  # what cannot be read is not written
-                    facts[known] = (day, session.written)
-                row = _entry_row(told, at, known, about, plain=plain)
-                if typed(told.get("settles", False), bool):
-                    settled[session.reference, row[_MESSAGE]] = None
-                entries.append(row)
-            end = record.get("end")
-            if end is not None:
-                rows.sessions.append(_session_row(session.told, typed(end, dict), about, plain=plain))
-        except DAMAGED:
+            told = record["session"]
+            session = msgspec.convert(told, SessionLine)
+            entries = msgspec.convert(record.get("entries", []), list[EntryLine])
+            end = msgspec.convert(record.get("end"), EndLine | None)
+            without = {name: value for name, value in told.items() if name not in ("reference", "port")}
+            written = json.dumps(without, separators=(",", ":")).encode()
+            known = self._known.get(written) or self._remember(session, written)
+            return self._add_rows(rows, _short(session.reference, 16), session.port, known, entries, end, plain=plain)
+        except (msgspec.ValidationError, *DAMAGED):
             return None
+
+    def _remember(self, session: SessionLine, written: bytes) -> _Known:
+        known = self._known[written] = _Known(session, written)
+        if len(self._known) > _SESSIONS_KNOWN:
+            del self._known[next(iter(self._known))]
+        return known
+
+    def _add_rows(
+        self,
+        rows: Rows,
+        reference: str,
+        port: int,
+        known: _Known,
+        told: list[EntryLine],
+        end: EndLine | None,
+        *,
+        plain: bool,
+    ) -> list[int]:
+        """All of them, or none.
+
+        Raises:
+            one of ``DAMAGED``.
+        """
+        about = reference, known.client, port & 0xFFFF, known.account
+        entries: list[tuple[Any, ...]] = []
+        facts: dict[int, tuple[int, str]] = {}
+        settled: dict[tuple[str, str], None] = {}
+        for entry in told:
+            day = entry.at // DAY_MS
+            if day != known.day:
+                known.day, known.id = day, self._pseudonyms.facts(day, known.written)
+            if known.id not in self._facts and known.id not in rows.facts:
+                facts[known.id] = (day, known.written.decode())
+            row = _entry_row(entry, known.id, about, plain=plain)
+            if entry.settles:
+                settled[reference, row[_MESSAGE]] = None
+            entries.append(row)
+        if end is not None:
+            rows.sessions.append(_session_row(known.session, end, about, plain=plain))
         rows.entries.extend(entries)
         rows.facts.update(facts)
         rows.settled.update(settled)
-        return [row[0] for row in entries]
-
-    def _session(self, told: dict[str, Any]) -> _Session:
-        """What a line says of its session; the next line is often of the same."""
-        last = self._last
-        if last is None or told != last.told:
-            without = {name: value for name, value in told.items() if name not in ("reference", "port")}
-            identity = told.get("identity")
-            last = self._last = _Session(
-                told,
-                _short(text(told["reference"]), 16),
-                packed(text(told["client"])),
-                number(told["port"]) & 0xFFFF,
-                _storable("" if identity is None else text(identity["account"]), _KEY_MAX),
-                json.dumps(without, separators=(",", ":")),
-            )
-        return last
+        return [entry.at for entry in told]
 
     def _add(self, connection: Connection, rows: Rows) -> None:
         facts = [(known, *row) for known, row in rows.facts.items()]
@@ -401,38 +453,42 @@ def _backlog_id(directory: Path) -> str:
 # --- One row ----------------------------------------------------------------------------------------------------------
 
 
-def _entry_row(
-    told: dict[str, Any], at: int, facts: int, about: tuple[str, bytes, int, str], *, plain: bool
-) -> tuple[Any, ...]:
+_told: Final = msgspec.json.Decoder(_Told).decode
+_session: Final = msgspec.json.Decoder(SessionLine).decode
+_SESSION: Final = re.compile(
+    rb'\{"reference":"([0-9A-Za-z]{1,16})",("client":"[0-9A-Fa-f.:]+"),"port":([0-9]{1,5}),(.+)\}'
+).fullmatch
+
+
+def _entry_row(told: EntryLine, facts: int, about: tuple[str, bytes, int, str], *, plain: bool) -> tuple[Any, ...]:
     """In the order of the table's columns, without its id."""
+    if told.stage not in STAGES or told.verdict not in VERDICTS:
+        raise ValueError(told)
     reference, client, port, account = about
-    get = told.get
-    forward_path = get("forward_path")
-    texts = [
-        told["reverse_path"], forward_path or "", get("reason", ""), get("reference", ""), get("by", ""),
-        get("detail", ""), get("hint", ""), get("reply", ""), get("message", ""), get("message_id", ""),
-        get("backend", ""), get("would", ""), get("shape", ""),
-    ]  # fmt: skip
+    forward_path = told.forward_path
+    texts = (
+        told.reverse_path, forward_path or "", told.reason, told.reference, told.by, told.detail, told.hint,
+        told.reply, told.message, told.message_id, told.backend, told.would,
+    )  # fmt: skip
     (
-        reverse_path, forward, reason, refused_as, by, detail, hint, reply, message, message_id, backend, would, shape,
-    ) = _texts(texts, plain=plain)  # fmt: skip
-    more = {name: typed(told[name], list) for name in ("findings", "authors") if name in told}
+        reverse_path, forward, reason, refused_as, by, detail, hint, reply, message, message_id, backend, would,
+    ) = texts if plain else _storables(texts)  # fmt: skip
     return (
-        at,
+        told.at,
         reference,
-        number(told["number"]) & 0x7FFFFFFF,
-        one_of(told["stage"], STAGES),
+        told.number & 0x7FFFFFFF,
+        told.stage,
         facts,
         client,
         port,
         account,
         reverse_path,
         domain_key(reverse_path),
-        forward if forward_path is not None else None,
-        domain_key(forward) if forward_path is not None else None,
-        _short(shape, 16) or None,
-        number(get("recipients", 0)) & 0x7FFFFFFF,
-        one_of(told["verdict"], VERDICTS),
+        None if forward_path is None else forward,
+        None if forward_path is None else domain_key(forward),
+        _short(told.shape, 16) if told.shape else None,
+        told.recipients & 0x7FFFFFFF,
+        told.verdict,
         reason,
         refused_as,
         by,
@@ -441,29 +497,33 @@ def _entry_row(
         reply,
         message,
         message_id,
-        number(get("size", 0)),
+        told.size,
         backend,
         would,
-        json.dumps(more, separators=(",", ":")) if more else None,
+        _more(told) if told.findings or told.authors else None,
         0,
     )
 
 
+def _more(told: EntryLine) -> str:
+    more = {name: said for name, said in (("findings", told.findings), ("authors", told.authors)) if said}
+    return json.dumps(more, separators=(",", ":"))
+
+
 def _session_row(
-    session: dict[str, Any], end: dict[str, Any], about: tuple[str, bytes, int, str], *, plain: bool
+    session: SessionLine, end: EndLine, about: tuple[str, bytes, int, str], *, plain: bool
 ) -> tuple[Any, ...]:
     """In the order of the table's columns, without its id."""
     reference, client, port, account = about
-    texts = [
-        session["listen"], session["role"], end.get("real_client", ""), session["hello"], session.get("tls", ""),
-        session.get("certificate", ""), end["how"], end.get("reply", ""),
-    ]  # fmt: skip
-    listen, role, real_client, hello, tls, certificate, how, reply = _texts(texts, plain=plain)
-    logins = typed(end.get("logins", []), list)
+    texts = (
+        session.listen, session.role, end.real_client, session.hello, session.tls, session.certificate, end.how,
+        end.reply,
+    )  # fmt: skip
+    listen, role, real_client, hello, tls, certificate, how, reply = texts if plain else _storables(texts)
     return (
         reference,
-        milliseconds(end["started"]),
-        milliseconds(end["ended"]),
+        end.started,
+        end.ended,
         listen,
         role,
         client,
@@ -473,19 +533,16 @@ def _session_row(
         tls,
         account,
         certificate,
-        number(end.get("errors", 0)) & 0x7FFFFFFF,
+        end.errors & 0x7FFFFFFF,
         how,
         reply,
-        json.dumps(logins, separators=(",", ":")) if logins else None,
+        json.dumps(end.logins, separators=(",", ":")) if end.logins else None,
     )
 
 
-def _texts(texts: list[Any], *, plain: bool) -> list[str]:
-    """All of them texts, as both databases take them."""
-    for said in texts:
-        if type(said) is not str:
-            raise TypeError
-    return texts if plain else [_storable(said, _KEY_MAX) for said in texts]
+def _storables(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """As both databases take them."""
+    return tuple([_storable(said, _KEY_MAX) for said in texts])
 
 
 @lru_cache(maxsize=16384)
