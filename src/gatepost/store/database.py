@@ -40,6 +40,7 @@ BUSY_S: Final = 10.0
 CONNECT_S: Final = 5
 _REVISION: Final = Table("alembic_version", MetaData(), Column("version_num", String(32)))  # Alembic's own
 _SQLITE_CACHE_KIB: Final = 128 << 10
+_SQLITE_WAL_PAGES: Final = 16_000  # 64 MiB: a page that many commits change goes from there into the database once
 
 
 def sqlite_path(data: str) -> Path:
@@ -174,7 +175,11 @@ def _sqlite(path: Path, *, writes: bool) -> Engine:
         # The driver's own transactions begin late and end early: ours are begun below, and only there.
         connection.isolation_level = None
         for pragma in (
-            *(("journal_mode=WAL", "synchronous=FULL") if writes else ("query_only=ON",)),
+            *(
+                ("journal_mode=WAL", "synchronous=FULL", f"wal_autocheckpoint={_SQLITE_WAL_PAGES}")
+                if writes
+                else ("query_only=ON",)
+            ),
             f"cache_size=-{_SQLITE_CACHE_KIB}",
             "temp_store=MEMORY",
         ):
