@@ -141,7 +141,7 @@ def _worker_main(options: argparse.Namespace) -> int:
         metrics = Metrics(map_memory(options.metrics), options.index)
         occupancy = Occupancy(map_memory(options.occupancy), options.index)
     except ValueError as error:  # made by another version of this program
-        print(error, file=sys.stderr)  # noqa: T201
+        print(error, file=sys.stderr)  # noqa: T201  there is no log yet
         return 2
     log = SessionLog(1, _style(), lock=options.metrics, dropped=metrics.log_dropped)
     # A server name that is no ASCII (SNI) raises inside the TLS library, where nobody can catch it: a client's fault.

@@ -359,27 +359,27 @@ def _elsewhere(name: str, settings: AuthSettings, now: Callable[[], float]) -> V
         ConfigError: a library that it needs is not installed, or it cannot be used as it is configured.
     """
     if name == "pop3" and settings.pop3 is not None:
-        from gatepost.auth.pop3 import Pop3Verifier  # noqa: PLC0415
+        from gatepost.auth.pop3 import Pop3Verifier
 
         return Pop3Verifier(settings.pop3, judged=_judged(settings.pop3))
     if name == "imap" and settings.imap is not None:
-        from gatepost.auth.imap import ImapVerifier  # noqa: PLC0415
+        from gatepost.auth.imap import ImapVerifier
 
         return ImapVerifier(settings.imap, judged=_judged(settings.imap))
     if name == "smtp" and settings.smtp is not None:
-        from gatepost.auth.smtp import SmtpVerifier  # noqa: PLC0415
+        from gatepost.auth.smtp import SmtpVerifier
 
         return SmtpVerifier(settings.smtp, judged=_judged(settings.smtp), hello=settings.hello)
     if name == "ldap" and settings.ldap is not None:
-        from gatepost.auth.ldap import LdapVerifier  # noqa: PLC0415
+        from gatepost.auth.ldap import LdapVerifier
 
         return LdapVerifier(settings.ldap)
     if name == "dovecot" and settings.dovecot is not None:
-        from gatepost.auth.dovecot import DovecotVerifier  # noqa: PLC0415
+        from gatepost.auth.dovecot import DovecotVerifier
 
         return DovecotVerifier(settings.dovecot)
     if name == "oauth" and settings.oauth is not None:
-        from gatepost.auth.oauth import OauthVerifier  # noqa: PLC0415
+        from gatepost.auth.oauth import OauthVerifier
 
         return OauthVerifier(settings.oauth, now=now)
     raise ValueError(f"[auth] verify names {name}, and there is no [auth.{name}]")

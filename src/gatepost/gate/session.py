@@ -228,9 +228,7 @@ class Session:
         """
         grants = self._in_force()
         # A device that somebody named here, or that stands inside, need not know its own name.
-        named = self.facts.role == "inside" or (
-            bool(grants) and any(entry.network is not None or entry.host for entry in grants)
-        )
+        named = self.facts.role == "inside" or any(entry.network is not None or entry.host for entry in grants)
         self._lax = _NAMELESS if named else _NOTHING
         # Before EHLO nothing is offered, but these verbs have a place in the dialogue, and are told so.
         offered = self._lax
@@ -243,9 +241,9 @@ class Session:
 
     def _content_limits(self, grants: list[TrustEntry]) -> ContentLimits:
         """How this client may end its lines: as its listener says, or one of the grants that cover it."""
-        normalise = self.listener.settings.bare_newlines == "normalise"
-        if grants and not normalise:
-            normalise = any(entry.bare_newlines == "normalise" for entry in grants)
+        normalise = self.listener.settings.bare_newlines == "normalise" or any(
+            entry.bare_newlines == "normalise" for entry in grants
+        )
         return self.server.content_limits[normalise]
 
     def _in_force(self) -> list[TrustEntry]:

@@ -388,8 +388,6 @@ def _matching(rules: RelayRules, session: Session) -> list[TrustEntry]:
         numbers += index.trust_certificates.get(session.certificate, ())
     if session.mailbox_login is not None:
         numbers += index.trust_mailbox_logins
-    if not numbers:
-        return []
     return [rules.trust[number] for number in sorted(set(numbers))]
 
 
@@ -401,15 +399,12 @@ def _by_trust(
     Of several reasons a rate that is used up is told, for it passes; else that of the first entry in the file.
     """
     refusal: Refuse | Defer | None = None
-    granted = grants(rules, transaction.session)
-    if not granted and not transaction.session.suspended and not transaction.session.listen_suspended:
-        return Refuse(Reason.RELAYING)
     texts = _Texts(transaction.reverse_path), _Texts(forward_path)
     for entry in withheld(rules, transaction.session):
         if _missing(rules, entry, transaction, forward_path, texts) is None:
             refusal = Refuse(Reason.SUSPENDED, entry.where, entry.why)
             break
-    for entry in granted:
+    for entry in grants(rules, transaction.session):
         missing = _missing(rules, entry, transaction, forward_path, texts)
         if missing is None:
             if rate_check(entry.where) not in failed:

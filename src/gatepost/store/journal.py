@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, or_, select, union_all
 
 from gatepost.facts import Client, Identity, IPAddress, Session, client_address
@@ -27,6 +28,7 @@ from gatepost.store.record import (
     DAMAGED,
     MILLISECONDS_MAX,
     Entry,
+    SessionLine,
     authors,
     findings,
     forward_path,
@@ -458,7 +460,7 @@ def address(octets: bytes) -> IPAddress:
 
 def _facts(written: str) -> Session | None:
     try:
-        return session_of({**json.loads(written), "reference": "", "port": 0})
+        return session_of(msgspec.convert({**json.loads(written), "reference": "", "port": 0}, SessionLine))
     except DAMAGED:
         return None
 

@@ -38,7 +38,9 @@ from gatepost.verdict import Finding, Result
 T = TypeVar("T")
 
 SCHEMA: Final = 1
-DAMAGED: Final = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+DAMAGED: Final = (
+    ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError,
+)  # fmt: skip
 MILLISECONDS_MAX: Final = 253402300799999  # the end of the year 9999
 
 DELIVERING: Final = "delivering"  # the reason of an entry that was kept before its message went to the backend
@@ -206,8 +208,6 @@ class EndLine(msgspec.Struct, omit_defaults=True, gc=False):
 
 # --- To a line --------------------------------------------------------------------------------------------------------
 
-_json = msgspec.json.Encoder().encode
-
 
 def encode(record: Record) -> bytes:
     """The line of a record, without its line end."""
@@ -217,13 +217,7 @@ def encode(record: Record) -> bytes:
     if record.end is not None:
         started, ended, how, errors, reply, real_client, logins = record.end
         line["end"] = EndLine(_ms(started), _ms(ended), how, errors, reply, real_client, logins)
-    try:
-        octets = _json(line)
-    except UnicodeEncodeError:  # half a surrogate pair
-        return json_line(msgspec.to_builtins(line))
-    if not octets.isascii() or b"\x7f" in octets:
-        return json_line(msgspec.to_builtins(line))
-    return octets
+    return json_line(line)
 
 
 def _ms(seconds: float) -> int:
@@ -291,10 +285,6 @@ def _entry_line(entry: Entry) -> EntryLine:
 
 # --- From a line ------------------------------------------------------------------------------------------------------
 
-# The members of an Entry that are texts, and are left out where they are empty.
-_TEXTS: Final = (
-    "reason", "reference", "by", "detail", "hint", "reply", "message", "message_id", "backend", "would",
-)  # fmt: skip
 _parsed = msgspec.json.Decoder().decode
 
 
@@ -306,7 +296,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
     """
     try:
         record = _loaded(line)
-        schema = typed(record["schema"], int)
+        schema = _typed(record["schema"], int)
     except DAMAGED:
         return None
     if schema > SCHEMA:
@@ -314,7 +304,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
             f"a newer version of Gatepost wrote this record (schema {schema}, this version reads {SCHEMA}): "
             "ask that version"
         )
-    return typed(record, dict)
+    return _typed(record, dict)
 
 
 def _loaded(line: bytes) -> Any:  # noqa: ANN401  JSON
@@ -335,134 +325,120 @@ def decode(line: bytes) -> Record | None:
     if record is None:
         return None
     try:
-        entries = [entry_of(told) for told in typed(record.get("entries", []), list)]
-        end = record.get("end")
-        return Record(session_of(record["session"]), entries, None if end is None else _end_of(end))
+        session, entries, end = lines(record)
+        return Record(session_of(session), [_entry_of(told) for told in entries], None if end is None else _end_of(end))
     except DAMAGED:
         return None
 
 
-def session_of(facts: Mapping[str, Any]) -> Session:
-    """From JSON.
+def lines(record: Mapping[str, Any]) -> tuple[SessionLine, list[EntryLine], EndLine | None]:
+    """What a line's object holds, its types and bounds judged.
 
     Raises:
         one of ``DAMAGED``.
     """
-    identity, login = facts.get("identity"), facts.get("mailbox_login")
+    return (
+        msgspec.convert(record["session"], SessionLine),
+        msgspec.convert(record.get("entries", []), list[EntryLine]),
+        msgspec.convert(record.get("end"), EndLine | None),
+    )
+
+
+def session_of(facts: SessionLine) -> Session:
+    """The facts.
+
+    Raises:
+        one of ``DAMAGED``.
+    """
+    identity, login = facts.identity, facts.mailbox_login
     return Session(
-        reference=text(facts["reference"]),
-        client=Client(client_address(text(facts["client"])), number(facts["port"])),
-        listen=text(facts["listen"]),
-        role=text(facts["role"]),
-        hello=text(facts["hello"]),
-        esmtp=typed(facts["esmtp"], bool),
-        tls=text(facts.get("tls", "")),
-        identity=None
+        facts.reference,
+        Client(client_address(facts.client), facts.port),
+        facts.listen,
+        facts.role,
+        facts.hello,
+        facts.esmtp,
+        facts.tls,
+        None
         if identity is None
         else Identity(
-            text(identity["account"]),
-            text(identity["mechanism"]),
-            text(identity["verifier"]),
-            text(identity["device"]),
-            _texts(identity["addresses"]),
+            identity.account, identity.mechanism, identity.verifier, identity.device, tuple(identity.addresses)
         ),
-        hosts=_texts(facts.get("hosts", [])),
-        auth_required=typed(facts.get("auth_required", False), bool),
-        certificate=text(facts.get("certificate", "")),
-        mailbox_login=None if login is None else MailboxLogin(text(login["account"]), seconds(login["at"])),
-        suspended=typed(facts.get("suspended", False), bool),
-        listen_suspended=typed(facts.get("listen_suspended", False), bool),
+        tuple(facts.hosts),
+        facts.auth_required,
+        facts.certificate,
+        None if login is None else MailboxLogin(login.account, login.at / 1000),
+        facts.suspended,
+        facts.listen_suspended,
     )
 
 
-def entry_of(told: Mapping[str, Any]) -> Entry:
-    """From JSON.
-
-    Raises:
-        one of ``DAMAGED``.
-    """
-    path = told.get("forward_path")
+def _entry_of(told: EntryLine) -> Entry:
+    path = told.forward_path
     return Entry(
-        at=seconds(told["at"]),
-        number=number(told["number"]),
-        stage=one_of(told["stage"], STAGES),
-        reverse_path=reverse_path(text(told["reverse_path"])),
-        forward_path=None if path is None else forward_path(text(path), text(told.get("shape", Shape.PLAIN.value))),
-        recipients=number(told.get("recipients", 0)),
-        verdict=one_of(told["verdict"], VERDICTS),
-        **{name: text(told.get(name, "")) for name in _TEXTS},
-        size=number(told.get("size", 0)),
-        settles=typed(told.get("settles", False), bool),
-        findings=findings(told.get("findings", [])),
-        authors=authors(told.get("authors", [])),
+        at=told.at / 1000,
+        number=told.number,
+        stage=_one_of(told.stage, STAGES),
+        reverse_path=reverse_path(told.reverse_path),
+        forward_path=None if path is None else forward_path(path, told.shape or Shape.PLAIN.value),
+        recipients=told.recipients,
+        verdict=_one_of(told.verdict, VERDICTS),
+        reason=told.reason,
+        reference=told.reference,
+        by=told.by,
+        detail=told.detail,
+        hint=told.hint,
+        reply=told.reply,
+        message=told.message,
+        message_id=told.message_id,
+        size=told.size,
+        backend=told.backend,
+        would=told.would,
+        settles=told.settles,
+        findings=findings(told.findings),
+        authors=authors(told.authors),
     )
 
 
-def _end_of(told: Mapping[str, Any]) -> End:
+def _end_of(told: EndLine) -> End:
     return End(
-        seconds(told["started"]),
-        seconds(told["ended"]),
-        text(told["how"]),
-        number(told.get("errors", 0)),
-        text(told.get("reply", "")),
-        text(told.get("real_client", "")),
-        tuple(typed(told.get("logins", []), list)),
+        told.started / 1000,
+        told.ended / 1000,
+        told.how,
+        told.errors,
+        told.reply,
+        told.real_client,
+        tuple(told.logins),
     )
 
 
-def typed(value: object, kind: type[T]) -> T:
+def _typed(value: object, kind: type[T]) -> T:
     """The value, if it is exactly of this type; else TypeError."""
     if type(value) is not kind:
         raise TypeError
     return value
 
 
-def text(value: object) -> str:
+def _text(value: object) -> str:
     """As ``typed``."""
-    return typed(value, str)
+    return _typed(value, str)
 
 
-def number(value: object) -> int:
-    """As ``typed``; not negative, and no greater than a database holds."""
-    counted = typed(value, int)
-    if not 0 <= counted < 1 << 62:
-        raise ValueError(counted)
-    return counted
-
-
-def milliseconds(value: object) -> int:
-    """A point in time that a calendar has."""
-    counted = number(value)
-    if counted > MILLISECONDS_MAX:
-        raise ValueError(counted)
-    return counted
-
-
-def seconds(value: object) -> float:
-    """As ``milliseconds``, in seconds."""
-    return milliseconds(value) / 1000
-
-
-def one_of(value: object, words: tuple[str, ...]) -> str:
+def _one_of(word: str, words: tuple[str, ...]) -> str:
     """A word that is known."""
-    word = text(value)
     if word not in words:
         raise ValueError(word)
     return word
 
 
-def _texts(value: object) -> tuple[str, ...]:
-    return tuple(map(text, typed(value, list)))
-
-
-def findings(value: object) -> tuple[Finding, ...]:
+def findings(value: Sequence[Any]) -> tuple[Finding, ...]:
     """From JSON."""
-    return tuple(Finding(text(check), Result(result), text(evidence)) for check, result, evidence in typed(value, list))
+    return tuple(Finding(_text(check), Result(result), _text(evidence)) for check, result, evidence in value)
 
 
-def authors(value: object) -> tuple[Mailbox, ...]:
+def authors(value: Sequence[Any]) -> tuple[Mailbox, ...]:
     """From JSON."""
-    paths = [reverse_path(text(author)) for author in typed(value, list)]
+    paths = [reverse_path(_text(author)) for author in value]
     return tuple(path for path in paths if isinstance(path, Mailbox))
 
 

@@ -38,6 +38,7 @@ from gatepost.store.record import (
     EndLine,
     EntryLine,
     SessionLine,
+    lines,
     parse,
 )
 from gatepost.store.schema import BACKLOGS, ENTRIES, FACTS, SESSIONS, STATE
@@ -239,7 +240,7 @@ class Writer:
             written = b"{%b,%b}" % (client, rest)
             known = self._known.get(written) or self._remember(_session(session), written)
             return self._add_rows(rows, reference.decode(), int(port), known, told.entries, told.end, plain=True)
-        except (msgspec.DecodeError, *DAMAGED):
+        except DAMAGED:
             return None
 
     def _rows_of(self, record: dict[str, Any], line: bytes, rows: Rows) -> list[int] | None:
@@ -251,14 +252,12 @@ class Writer:
         plain = len(line) <= _PLAIN_OCTETS and b"\\u" not in line
         try:
             told = record["session"]
-            session = msgspec.convert(told, SessionLine)
-            entries = msgspec.convert(record.get("entries", []), list[EntryLine])
-            end = msgspec.convert(record.get("end"), EndLine | None)
+            session, entries, end = lines(record)
             without = {name: value for name, value in told.items() if name not in ("reference", "port")}
             written = json.dumps(without, separators=(",", ":")).encode()
             known = self._known.get(written) or self._remember(session, written)
             return self._add_rows(rows, _short(session.reference, 16), session.port, known, entries, end, plain=plain)
-        except (msgspec.ValidationError, *DAMAGED):
+        except DAMAGED:
             return None
 
     def _remember(self, session: SessionLine, written: bytes) -> _Known:

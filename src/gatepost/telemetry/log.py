@@ -162,13 +162,17 @@ def rfc3339(now_s: float) -> str:
 
 
 def json_line(record: Mapping[str, Any]) -> bytes:
-    """JSON on one line, without its line end: printable ASCII, whatever stands in it.  RFC 8259."""
+    """JSON on one line, without its line end: printable ASCII, whatever stands in it.  RFC 8259.
+
+    Args:
+        record: of JSON's own types, and of msgspec's structs.
+    """
     try:
         line = _plain(record)
     except UnicodeEncodeError:  # half a surrogate pair
-        line = _escaped(record).encode()
-    if not line.isascii():
-        line = _escaped(record).encode()
+        line = b""
+    if not line or not line.isascii():
+        line = _escaped(msgspec.to_builtins(record)).encode()
     # The one control character that neither JSON nor ensure_ascii escapes.
     return line.replace(b"\x7f", b"\\u007f") if b"\x7f" in line else line
 
