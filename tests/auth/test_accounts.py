@@ -19,19 +19,17 @@ from argon2.exceptions import VerificationError
 from scramp import ScramClient  # type: ignore[import-untyped]
 
 from gatepost.auth import Denied, Unavailable, Verified, accounts
-from gatepost.auth.accounts import (
+from gatepost.auth.account import (
     DEVICES_MAX,
-    FILE_OCTETS_MAX,
     LABEL_OCTETS_MAX,
     NAME_OCTETS_MAX,
     Account,
-    AccountStore,
-    AccountsVerifier,
     account_name,
     device_password,
     file_name,
     why_weak,
 )
+from gatepost.auth.accounts import FILE_OCTETS_MAX, AccountStore, AccountsVerifier
 from gatepost.auth.scram import SCRAM, ScramExchange
 from gatepost.errors import StorageError
 from gatepost.smtp.sasl import Challenge, Password, Token

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
 
 from gatepost.answers import decided
-from gatepost.auth.accounts import account_name
+from gatepost.auth.account import account_name
 from gatepost.config import Config, values
 from gatepost.errors import GatepostError
 from gatepost.facts import Client, Identity, IPAddress, MailboxLogin, Session, Transaction, client_address

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from gatepost import store
 from gatepost.answers.refused import stamp
-from gatepost.auth.accounts import account_name
+from gatepost.auth.account import account_name
 from gatepost.config import values
 from gatepost.errors import GatepostError
 from gatepost.facts import client_address

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gatepost import config
-from gatepost.auth.accounts import Account, AccountStore, account_name, why_weak
+from gatepost.auth.account import Account, account_name, why_weak
+from gatepost.auth.accounts import AccountStore
 from gatepost.auth.scram import load_library
 from gatepost.cli import BAD_NEWS, DONE, printable
 from gatepost.cli.terminal import ConfigOption, JsonOption, say, say_json

@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Any
 
-from gatepost.auth.accounts import account_name
+from gatepost.auth.account import account_name
 from gatepost.backend.settings import BackendAddress, EmbeddedMailboxes, LmtpSocket, SmtpAddress
 from gatepost.facts import IPAddress
 from gatepost.policy.relay import IPNetwork, literal_text
