@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
 import smtplib
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +47,16 @@ class Browser:
         self._cookie = headers["set-cookie"].partition(";")[0]
 
     def _ask(self, method: str, path: str) -> tuple[int, dict[str, str], str]:
+        """As a person does: again, where a console that is being replaced asks for that, or hung up."""
+        for _ in range(300):
+            with contextlib.suppress(ConnectionError):
+                status, headers, text = self._once(method, path)
+                if status != 503 or "ask again in a moment" not in text:
+                    return status, headers, text
+            time.sleep(0.1)
+        raise AssertionError(f"{path}: no console answers")
+
+    def _once(self, method: str, path: str) -> tuple[int, dict[str, str], str]:
         connection = http.client.HTTPConnection(self.at, timeout=120)
         connection.request(method, path, headers={"Cookie": self._cookie, "Origin": f"http://{self.at}"})
         response = connection.getresponse()
